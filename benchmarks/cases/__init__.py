@@ -1,0 +1,3 @@
+"""All cases, one folder per package; importing this fills the registry of the harness."""
+
+from benchmarks.cases import tfree as tfree

@@ -1,0 +1,165 @@
+"""Every operator at benchmark shapes, forward and gradient, against its `reference.py` on the same device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases.tfree.inputs import DTYPES, dictionary_inputs, random_tensor, text_inputs
+from benchmarks.harness import Options
+from shared_kernels import (
+    csr_gather_sum,
+    decode_scores,
+    decode_topk,
+    fused_linear_bce,
+    hash_embedding_bag,
+    mix32_rows,
+)
+from shared_kernels.csr_gather_sum.reference import csr_gather_sum_reference
+from shared_kernels.decode_scores.reference import decode_scores_reference, decode_topk_reference
+from shared_kernels.fused_linear_bce.reference import fused_linear_bce_reference
+from shared_kernels.hash_embedding_bag.reference import hash_embedding_bag_reference
+from shared_kernels.mix32_rows.reference import mix32_rows_reference
+
+TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2}  # of the largest entry; TF32 products (3e-4) do not pass as float32
+CHECKED_COLUMNS = 128  # the reference gathers [nnz, columns] in float64, so it sees the first and last columns only
+CHECKED_WORDS = 300
+
+Pairs = Iterator[tuple[str, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One operator in one dtype: pairs of (what, ours, reference)."""
+
+    op: str
+    dtype: str
+    pairs: Callable[[str, Options], Pairs]
+
+    def run(self, options: Options) -> dict[str, float]:
+        """Largest difference of every output and gradient, over the allowed one; above 1 is wrong."""
+        margins = {}
+        for what, ours, reference in self.pairs(self.dtype, options):
+            margins[what] = _margin(ours, reference, TOLERANCE[self.dtype])
+        return margins
+
+
+def _margin(ours: Tensor, reference: Tensor, tolerance: float) -> float:
+    ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
+    if ours.shape != reference.shape:
+        return float("inf")
+    scale = max(float(reference.abs().max()), 1e-30) if reference.numel() else 1.0
+    worst = float((ours - reference).abs().max()) / (tolerance * scale) if reference.numel() else 0.0
+    return worst if worst == worst else float("inf")
+
+
+def _sizes(options: Options) -> tuple[int, int, int, int]:
+    """N words, width D, table V, m rows per trigram."""
+    if options.quick:
+        return 12, 24, 80, 4
+    return (8192, 4096, 8000, 8) if options.device == "cuda" else (1024, 512, 8000, 8)
+
+
+def _columns(D: int) -> Tensor:
+    half = min(CHECKED_COLUMNS, D) // 2
+    return torch.cat([torch.arange(half), torch.arange(D - half, D)])
+
+
+def _check_gather(dtype: str, options: Options) -> Pairs:
+    N, D, V, m = _sizes(options)
+    _, flat = text_inputs(N, V, m, options)
+    indptr = torch.cat([flat.offsets, flat.offsets.new_tensor([flat.rows.numel()])]).int()
+    columns = _columns(D).to(options.device)
+    table = random_tensor(V, D, dtype=dtype, device=options.device).requires_grad_()
+    weights = random_tensor(flat.rows.numel(), dtype=dtype, device=options.device, seed=1).requires_grad_()
+    gradient = random_tensor(N, D, dtype=dtype, device=options.device, seed=2)
+    gradient[:, CHECKED_COLUMNS // 2 : D - CHECKED_COLUMNS // 2] = 0  # the gradient of `weights` sums over columns
+    out = csr_gather_sum(indptr, flat.rows.int(), table, weights)
+    got = torch.autograd.grad(out, (table, weights), gradient)
+    small = table.detach()[:, columns].double().requires_grad_()
+    factors = weights.detach().double().requires_grad_()
+    want = csr_gather_sum_reference(indptr, flat.rows, small, factors)
+    want_table, want_weights = torch.autograd.grad(want, (small, factors), gradient[:, columns].double())
+    yield "output", out[:, columns], want
+    yield "gradient of table", got[0][:, columns], want_table
+    yield "gradient of weights", got[1], want_weights
+
+
+def _check_embedding(dtype: str, options: Options) -> Pairs:
+    N, D, V, m = _sizes(options)
+    words, _ = text_inputs(N, V, m, options)
+    columns = _columns(D).to(options.device)
+    table = random_tensor(V, D, dtype=dtype, device=options.device).requires_grad_()
+    gradient = random_tensor(N, D, dtype=dtype, device=options.device, seed=2)
+    out = hash_embedding_bag(words.word_ptr, words.word_units, words.unit_rows, table)
+    (got,) = torch.autograd.grad(out, table, gradient)
+    small = table.detach()[:, columns].double().requires_grad_()
+    want = hash_embedding_bag_reference(words.word_ptr, words.word_units, words.unit_rows, small)
+    (want_table,) = torch.autograd.grad(want, small, gradient[:, columns].double())
+    yield "output", out[:, columns], want
+    yield "gradient of table", got[:, columns], want_table
+
+
+def _check_loss(dtype: str, options: Options) -> Pairs:
+    N, D, V, m = _sizes(options)
+    words, _ = text_inputs(N, V, m, options)
+    positive_ptr, positive_rows = words.active_rows()
+    x = random_tensor(N, D, dtype=dtype, device=options.device).requires_grad_()
+    head = random_tensor(V, D, dtype=dtype, device=options.device, scale=D**-0.5, seed=1).requires_grad_()
+    row_weight = torch.linspace(0, 2, N, device=options.device)
+    settings: dict[str, Any] = {"pos_weight": 300.0, "row_weight": row_weight, "scale": 100.0 / (N * V)}
+    loss = fused_linear_bce(x, head, positive_ptr, positive_rows, **settings)
+    got = torch.autograd.grad(loss, (x, head))
+    x64, head64 = (t.detach().double().requires_grad_() for t in (x, head))
+    want = fused_linear_bce_reference(x64, head64, positive_ptr, positive_rows, **settings)
+    want_x, want_head = torch.autograd.grad(want, (x64, head64))
+    yield "loss", loss, want
+    yield "gradient of x", got[0], want_x
+    yield "gradient of weight", got[1], want_head
+
+
+def _check_scores(dtype: str, options: Options) -> Pairs:
+    _, _, V, m = _sizes(options)
+    dictionary, _ = dictionary_inputs(200 if options.quick else 200_000, V, m, options.device)
+    z = random_tensor(8 if not options.quick else 2, V, dtype=dtype, device=options.device, scale=2.0)
+    chosen = torch.linspace(0, len(dictionary) - 1, min(CHECKED_WORDS, len(dictionary)), device=options.device).long()
+    words = dictionary.select(chosen).to("cpu")
+    for mode in ("mean", "contrast", "loglik"):
+        settings: dict[str, Any] = {"mode": mode, "edge_weight": 0.8, "pos_weight": 30.0, "temperature": 0.5}
+        scores = decode_scores(z, *dictionary.tensors(), **settings)
+        want = decode_scores_reference(
+            z.cpu().double(), words.word_ptr, words.word_units, words.word_edges, words.unit_rows, **settings
+        )
+        yield f"{mode} scores", scores[:, chosen], want
+        k = min(50, len(dictionary))
+        values, indices, total = decode_topk(z, *dictionary.tensors(), k=k, **settings)
+        want_values, _, want_total = decode_topk_reference(scores.double(), k)
+        yield f"{mode} top-k values", values, want_values
+        yield f"{mode} scores of the top-k words", scores.gather(1, indices), want_values
+        yield f"{mode} logsumexp", total, want_total
+
+
+def _check_hash(_: str, options: Options) -> Pairs:
+    trigrams = torch.arange(0, 2**24, 2**24 // (50 if options.quick else 5000))
+    settings = {"table_size": 8000, "num_hashes": 10, "num_lowercase": 3, "seed": 7}
+    yield "rows", mix32_rows(trigrams.to(options.device), **settings), mix32_rows_reference(trigrams, **settings)
+
+
+_PAIRS: dict[str, Callable[[str, Options], Pairs]] = {
+    "hash_embedding_bag": _check_embedding,
+    "fused_linear_bce": _check_loss,
+    "decode_scores": _check_scores,
+    "csr_gather_sum": _check_gather,
+    "mix32_rows": _check_hash,
+}
+_INTEGER_OPS = {"mix32_rows"}
+CHECKS = [
+    Check(op, dtype, pairs)
+    for op, pairs in _PAIRS.items()
+    for dtype in DTYPES
+    if dtype == "float32" or op not in _INTEGER_OPS
+]

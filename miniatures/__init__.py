@@ -1,0 +1,1 @@
+"""Small real models trained from scripts in this repository, and the data they are trained on."""

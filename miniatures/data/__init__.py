@@ -1,0 +1,1 @@
+"""Data loaders: pinned Debian packages, and the typed samples read from them."""

@@ -1,0 +1,1 @@
+"""The T-FREE miniature: a small multilingual language model, and its comparison with a byte-level BPE."""

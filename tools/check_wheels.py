@@ -1,0 +1,96 @@
+"""Build every distribution, then install each wheel without its siblings in a clean environment and use it.
+
+    python tools/check_wheels.py     exit with 1 if a wheel does not build, install, import or work
+
+The environment holds the wheel and what its metadata asks for, nothing else: no triton, no kernels, no test tools.
+It is made once and shared by the wheels one after the other, because installing torch takes a minute.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECTS = [ROOT / "shared-kernels", *sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))]
+
+IMPORT = """
+import importlib, importlib.metadata, importlib.util, sys
+name, others = sys.argv[1], sys.argv[2:]
+package = importlib.import_module(name.replace("-", "_"))
+assert package.__version__ == importlib.metadata.version(name), package.__version__
+for other in [*others, "kernels", "pytest"]:
+    assert importlib.util.find_spec(other.replace("-", "_")) is None, f"{other} is installed"
+for public in package.__all__:
+    assert getattr(package, public) is not None, public
+print(f"{name} {package.__version__}: {len(package.__all__)} public names")
+"""
+
+USE = {
+    "shared-kernels": """
+import torch
+from shared_kernels import csr_gather_sum
+out = csr_gather_sum(torch.tensor([0, 2, 2]), torch.tensor([1, 1]), torch.tensor([[1.0], [10.0]]))
+assert out.tolist() == [[20.0], [0.0]], out
+""",
+    "tfree-tokenizer": """
+import tempfile, torch
+from tfree_tokenizer import TFreeConfig, TFreeForCausalLM, TFreeTokenizer
+tokenizer = TFreeTokenizer(words=["hello", "world"])
+sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+config = TFreeConfig.for_tokenizer(tokenizer, hash_vocab_size=64, num_hashes=4, **sizes)
+model = TFreeForCausalLM(config).eval()
+model.set_dictionary(tokenizer)
+inputs = tokenizer("hello unheard-of world", return_tensors="pt")
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    again = TFreeForCausalLM.from_pretrained(folder).eval()
+    text = TFreeTokenizer.from_pretrained(folder).decode(inputs.input_ids[0])
+out, same = (each.generate(**inputs, max_new_tokens=3, do_sample=False) for each in (model, again))
+assert torch.equal(out, same), (out, same)
+assert text == "hello unheard-of world", text
+""",
+}
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> None:
+    """Run a command; its failure ends the check."""
+    subprocess.run([str(each) for each in command], cwd=cwd, check=True, timeout=900)
+
+
+def build(out: Path) -> dict[str, Path]:
+    """Build both archives of each distribution into `out`; the wheels by name."""
+    wheels = {}
+    for project in PROJECTS:
+        run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-t", "wheel", "-d", out, cwd=project)
+        (wheels[project.name],) = out.glob(f"{project.name.replace('-', '_')}-*.whl")
+    return wheels
+
+
+def check(name: str, wheel: Path, python: Path) -> None:
+    """Install one wheel, import all of it, use it, and remove it again."""
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    run(*pip, "install", "-q", "--no-compile", "-c", ROOT / "constraints.txt", wheel)
+    with tempfile.TemporaryDirectory() as elsewhere:  # so that the checkout is not on sys.path
+        others = [project.name for project in PROJECTS if project.name != name]
+        run(python, "-I", "-c", IMPORT, name, *others, cwd=Path(elsewhere))
+        run(python, "-I", "-c", USE[name], cwd=Path(elsewhere))
+    run(*pip, "uninstall", "-q", "-y", name)
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        wheels = build(Path(folder) / "dist")
+        environment = Path(folder) / "clean"
+        run(sys.executable, "-m", "venv", environment)
+        for name, wheel in wheels.items():
+            check(name, wheel, environment / "bin" / "python")
+            print(f"{name}: the wheel works without its siblings")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
