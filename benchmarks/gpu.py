@@ -1,10 +1,10 @@
-"""Everything worth knowing from a GPU in one call under ten minutes.
+"""Everything worth knowing from a GPU in one call under ten minutes: `python -m benchmarks.gpu --out DIR`.
 
-`python -m benchmarks.gpu --deadline 540 --out DIR` takes, in this order: speed limits of this run, correctness of every operator at benchmark shapes, the table of ratios with the most valuable
-rows first, scaling curves, and a profile of the two rows farthest from their floor. Lines are written as they come, a
-failure in one case is recorded and the run goes on, and what no longer fits before the deadline is listed as skipped.
-Without a GPU it says so and ends; `--device cpu --quick` walks through the same steps on tiny sizes, in Triton's
-interpreter when TRITON_INTERPRET=1.
+In this order: speed limits of this run, correctness of every operator at benchmark shapes, the table of ratios with the
+most valuable rows first, scaling curves, and a profile of the two rows farthest from their floor. Lines are written as
+they come, a failure in one case is recorded and the run goes on, and what no longer fits before the deadline is listed
+as skipped. Without a GPU it says so and ends; `--device cpu --quick` walks through the same steps on tiny sizes, in
+Triton's interpreter when TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations

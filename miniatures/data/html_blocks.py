@@ -10,11 +10,12 @@ from typing import Literal
 Attributes = Mapping[str, str]
 TagTest = Callable[[str, Attributes], bool]
 
-VOID_TAGS = frozenset("area base br col embed hr img input link meta param source track wbr".split())
-HEADING_TAGS = frozenset(["h1", "h2", "h3", "h4", "h5", "h6"])
-BLOCK_TAGS = HEADING_TAGS | frozenset(
-    "p li dt dd td th tr table ul ol dl div section article pre blockquote caption".split()
+VOID_TAGS = frozenset(
+    ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr"]
 )
+HEADING_TAGS = frozenset(["h1", "h2", "h3", "h4", "h5", "h6"])
+BLOCK_TAGS = HEADING_TAGS | {"p", "li", "dt", "dd", "td", "th", "tr", "table", "ul", "ol", "dl", "caption"}
+BLOCK_TAGS |= {"div", "section", "article", "pre", "blockquote"}
 ALWAYS_SKIPPED = frozenset(["script", "style", "noscript", "head", "nav", "footer", "button"])
 
 

@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def bible_text(path: Path) -> str:
         raise PackageError(f"{path.name} must start with {BIBLE_MAGIC!r}, got {data[:24]!r}.")
     (count,) = struct.unpack_from(">I", data, 0x58)
     offsets = struct.unpack_from(f">{count + 1}I", data, 0x5C)
-    return b"".join(map(_decompress, (data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)))).decode("ascii")
+    return b"".join(map(_decompress, (data[a:b] for a, b in pairwise(offsets)))).decode("ascii")
 
 
 def bible_chapters(text: str) -> list[RawPage]:
@@ -107,7 +108,7 @@ def _decompress(section: bytes) -> bytes:
     return done.stdout
 
 
-def _is_office_content(tag: str, attributes: Attributes) -> bool:
+def _is_office_content(_tag: str, attributes: Attributes) -> bool:
     return attributes.get("id") == "DisplayArea"
 
 
@@ -118,9 +119,9 @@ def _is_office_furniture(tag: str, attributes: Attributes) -> bool:
     return kind in {"noteicon", "howtogetheader"} or (tag == "p" and kind in {"embedded", "related"})
 
 
-def _is_reference_content(tag: str, attributes: Attributes) -> bool:
+def _is_reference_content(_tag: str, attributes: Attributes) -> bool:
     return attributes.get("class", "") in {"chapter", "appendix"}
 
 
-def _is_reference_furniture(tag: str, attributes: Attributes) -> bool:
+def _is_reference_furniture(_tag: str, attributes: Attributes) -> bool:
     return attributes.get("class", "") in {"toc", "navheader", "navfooter"}

@@ -82,7 +82,7 @@ def load_split(
     if not 0.0 < held_out_share < 1.0:
         raise ValueError(f"held_out_share must lie in (0, 1), got {held_out_share}.")
     settings = [FORMAT, sorted(languages), sorted(sources), held_out_share, seed]
-    settings.append({pin.name: pin.version for pin in read_pins().values()})
+    settings.append({pin.name: pin.version for pin in read_pins().values() if pin.name.startswith(tuple(sources))})
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = cache_folder() / "text" / f"split-{key}.jsonl"
     if not path.is_file():
@@ -142,7 +142,8 @@ def clean_pages(
 
 def split_documents(documents: Sequence[TextDocument], *, held_out_share: float, seed: int) -> TextSplit:
     """Hold out whole pages, in every language at once, and strip them of paragraphs that training pages repeat."""
-    train, held_out = [], []
+    train: list[TextDocument] = []
+    held_out: list[TextDocument] = []
     for document in documents:
         chosen = _page_fraction(document, seed) < held_out_share
         (held_out if chosen else train).append(document)
@@ -172,7 +173,13 @@ def _page_fraction(document: TextDocument, seed: int) -> float:
 
 def _without_near_duplicates(documents: list[TextDocument], train: list[TextDocument]) -> list[TextDocument]:
     wanted = {shingle for document in documents for line in document.paragraphs for shingle in _shingles(line)}
-    seen = {shingle for document in train for line in document.paragraphs for shingle in _shingles(line) if shingle in wanted}
+    seen = {
+        shingle
+        for document in train
+        for line in document.paragraphs
+        for shingle in _shingles(line)
+        if shingle in wanted
+    }
     kept = []
     for document in documents:
         lines = [line for line in document.text.split("\n") if not _is_mostly_seen(line, seen)]

@@ -31,7 +31,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 - **Size**: {vocabulary:,} parameters in embedding and head; {words:,} words in the exchangeable dictionary.
 - **Training text**: Debian's `libreoffice-help-*` and `debian-reference-*` in English, German, French, Spanish and
   Italian, and `bible-kjv-text`; pages held out in all languages at once.
-- **Training**: {steps:,} steps, {megabytes:.1f} MB of text read, {minutes:.0f} minutes on one {device} thread, seed {seed}.
+- **Training**: {steps:,} steps, {megabytes:.1f} MB of text read, {minutes:.0f} minutes on {threads} {device}
+  thread(s), seed {seed}.
 - **Not good for**: facts, instructions, advice, any use where its output matters.
 
 | held-out text | bits per byte | top-1 word accuracy | tokens per word |
@@ -59,6 +60,7 @@ def write_card(folder: Path, metrics: dict[str, Any]) -> None:
         megabytes=training["bytes"] / 1e6,
         minutes=training["seconds"] / 60,
         device=options["device"],
+        threads=options["threads"],
         seed=options["seed"],
         rows="\n".join(rows),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from miniatures.tfree.evaluate import ScoredText, dictionary_word_spans, escape_share, escaped_bits
 from miniatures.tfree.spelling import SpellingModel
@@ -77,7 +82,7 @@ class Contender(ABC):
     def score(self, windows: Sequence[Window]) -> list[ScoredText]:
         """Code lengths and first choices for every unit of windows led by an end-of-text token."""
 
-    def prepare_scoring(self, windows: Sequence[Window]) -> dict[str, Any]:
+    def prepare_scoring(self, windows: Sequence[Window]) -> dict[str, Any]:  # noqa: ARG002
         """Fit what scoring needs on training text; returns what to report of it."""
         return {}
 
@@ -106,7 +111,7 @@ class BpeContender(Contender):
         """See `Contender.score`. Units are sub-word pieces; their offsets include the space before a word."""
         batch = self.batch(windows)
         device = self.model.device
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = self.model(
                 input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
             ).logits.float()
@@ -148,7 +153,7 @@ class TFreeContender(Contender):
         self.escape_probability = escape_share(words, dictionary)
         report: dict[str, Any] = {"escape_probability": self.escape_probability}
         if self.model.config.objective == "bce":
-            self.model.calibrate_decode([self.batch(windows[i : i + 4]) for i in range(0, min(len(windows), 32), 4)])
+            self.model.calibrate_decode([self.batch(windows[i : i + 4]) for i in range(0, 16, 4)], max_positions=1024)
             report["decode_temperature"] = self.model.config.decode_temperature
         return report
 
@@ -156,7 +161,7 @@ class TFreeContender(Contender):
         """See `Contender.score`. Units are words; those outside the dictionary pay an escape and their spelling."""
         batch = self.batch(windows)
         device = self.model.device
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = self.model(
                 input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
             ).logits
@@ -240,9 +245,11 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, path: Path) -> PreTraine
 
 def train_words(texts: Sequence[str], *, max_words: int, path: Path) -> PreTrainedTokenizerBase:
     """Count the words of a text into a T-FREE dictionary, or load the one that an earlier call left in `path`."""
-    from tfree_tokenizer import TFreeTokenizer, build_dictionary
+    from tfree_tokenizer import TFreeTokenizer
 
     if not path.is_file():
+        from tfree_tokenizer import build_dictionary
+
         words = build_dictionary(texts, max_words=max_words, ruleset="v2")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")

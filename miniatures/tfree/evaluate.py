@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 WORD_OR_SYMBOL = re.compile(r"[^\W\d_]+|[^\s]")
-"""A run of letters, one digit or one symbol: T-FREE's words (ruleset v2, for scripts that set spaces), white space left out."""
+"""A run of letters, one digit or one symbol: T-FREE's words (ruleset v2, scripts with spaces) without white space."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ def word_hits(scored: ScoredText) -> list[bool]:
     hits = []
     previous_end, first = 0, 0
     for match in WORD_OR_SYMBOL.finditer(scored.text):
-        while first < len(scored.spans) and scored.spans[first][1] <= previous_end and not _is_marker(
-            scored.spans[first], previous_end
+        while (
+            first < len(scored.spans)
+            and scored.spans[first][1] <= previous_end
+            and not _is_marker(scored.spans[first], previous_end)
         ):
             first += 1
         hit, unit = True, first
@@ -65,12 +67,6 @@ def word_hits(scored: ScoredText) -> list[bool]:
 
 def _is_marker(span: tuple[int, int], position: int) -> bool:
     return span == (position, position)
-
-
-def tokens_per_word(counts: Iterable[tuple[int, int]]) -> float:
-    """Total tokens over total white-space words, from (tokens, words) pairs."""
-    counts = list(counts)
-    return sum(tokens for tokens, _ in counts) / sum(words for _, words in counts)
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:

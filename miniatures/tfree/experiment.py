@@ -16,6 +16,7 @@ from miniatures.tfree.evaluate import bits_per_byte, word_accuracy
 from miniatures.tfree.windows import Window, held_out_windows, training_windows
 
 NAMES = ("tfree-dictionary_ce", "tfree-bce", "bpe")
+PROMPTS = ("To open the dialog,", "Wählen Sie", "Cliquez sur", "Haga clic en", "Fare clic su")
 DATA_SEED = 0
 """Seed of the split and of the windows; runs with different seeds see the same windows in another order."""
 
@@ -62,29 +63,40 @@ def make_contender(
     if name == "bpe":
         bpe = train_bpe(material.train_texts, vocab_size=bpe_words, path=folder / f"bpe-{bpe_words}")
         return BpeContender(bpe, body)
-    words = train_words(material.train_texts, max_words=dictionary_words, path=folder / f"words-{dictionary_words}.json")
+    words = train_words(
+        material.train_texts, max_words=dictionary_words, path=folder / f"words-{dictionary_words}.json"
+    )
     return TFreeContender(words, body, hashing, name.removeprefix("tfree-"))
 
 
-def score_groups(contender: Contender, held_out: dict[str, list[Window]], *, rows: int = 4) -> dict[str, dict[str, float]]:
-    """Bits per byte, top-1 word accuracy and tokens per white-space word of every group."""
+def score_groups(
+    contender: Contender, held_out: dict[str, list[Window]], *, rows: int = 4
+) -> dict[str, dict[str, float]]:
+    """Bits per byte, top-1 word accuracy, tokens (positions of the model) and ids per white-space word, by group.
+
+    The two differ for T-FREE alone: a word that its dictionary lacks takes one id for each byte, but one position.
+    """
     contender.model.eval()
     results = {}
     for group, windows in held_out.items():
         ordered = sorted(windows, key=lambda window: len(window.text))
         scored = [one for i in range(0, len(ordered), rows) for one in contender.score(ordered[i : i + rows])]
         texts = [window.text for window in windows]
-        tokens = sum(len(contender.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        words = sum(len(text.split()) for text in texts)
+        ids = sum(len(contender.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
         results[group] = {
             "bits_per_byte": bits_per_byte(scored),
             "word_accuracy": word_accuracy(scored),
-            "tokens_per_word": tokens / sum(len(text.split()) for text in texts),
+            "tokens_per_word": sum(len(one.bits) for one in scored) / words,
+            "ids_per_word": ids / words,
             "bytes": sum(len(text.encode()) for text in texts),
         }
     return results
 
 
-def continuations(contender: Contender, prompts: Sequence[str], *, seed: int = 0, new_tokens: int = 40) -> dict[str, str]:
+def continuations(
+    contender: Contender, prompts: Sequence[str], *, seed: int = 0, new_tokens: int = 40
+) -> dict[str, str]:
     """Sample one continuation of every prompt (top-p 0.9), after an end-of-text token."""
     tokenizer, model = contender.tokenizer, contender.model.eval()
     settings: dict[str, Any] = {"do_sample": True, "top_p": 0.9, "top_k": 0, "max_new_tokens": new_tokens}

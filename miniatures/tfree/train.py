@@ -14,11 +14,17 @@ import torch
 
 from miniatures.tfree.card import write_card
 from miniatures.tfree.contenders import Body, Contender, Hashing
-from miniatures.tfree.experiment import NAMES, continuations, load_material, make_contender, runs_folder, score_groups
+from miniatures.tfree.experiment import (
+    NAMES,
+    PROMPTS,
+    continuations,
+    load_material,
+    make_contender,
+    runs_folder,
+    score_groups,
+)
 from miniatures.tfree.training import Schedule, keep_freed_memory, train
 from miniatures.tfree.windows import step_windows
-
-PROMPTS = ("To open the dialog,", "Wählen Sie", "Cliquez sur", "Haga clic en", "Fare clic su")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         seed=options.seed,
     )
     parameters = contender.model.num_parameters()
-    print(f"{contender.name}: {parameters:,} parameters, {contender.vocabulary_parameters():,} in embedding and head", flush=True)
+    print(f"{contender.name}: {parameters:,} parameters, {contender.vocabulary_parameters():,} of them in tables")
     schedule = Schedule(steps=options.steps, learning_rate=options.learning_rate)
     folder = runs_folder() / (options.run or f"{contender.name}-{options.hidden_size}-{options.steps}-{options.seed}")
     totals = train(

@@ -87,7 +87,13 @@ def held_out_windows(documents: Sequence[TextDocument], *, window_bytes: int, to
 
 
 def line_pieces(text: str, limit: int) -> list[str]:
-    """Cut text after every line break, and lines of more than `limit` bytes in front of a space; the parts join back."""
+    """Cut text after every line break, and lines of more than `limit` bytes in front of a space. The parts join back.
+
+    Raises:
+        ValueError: `limit` may not hold a single character.
+    """
+    if limit < 4:
+        raise ValueError(f"limit must be at least 4 (the bytes of one character), got {limit}.")
     pieces = []
     for line in text.split("\n"):
         line += "\n"

@@ -14,7 +14,7 @@ from importlib.machinery import PathFinder
 _find = PathFinder.find_spec
 def _find_spec(name, path=None, target=None):
     return None if name.partition(".")[0] in {hidden!r} else _find(name, path, target)
-PathFinder.find_spec = _find_spec
+PathFinder.find_spec = staticmethod(_find_spec)
 """
 
 

@@ -1,12 +1,13 @@
 """T-FREE for Hugging Face transformers: whole words as sparse trigram patterns.
 
-Importing this package is cheap: every name below is loaded on first use. Using a model class, or calling
-`register()`, makes the auto classes of transformers know the model type "tfree".
+Importing this package is cheap: every name below is loaded on first use. The auto classes of transformers know the
+model type "tfree" as soon as they are loaded after, or were loaded before, this import.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import auto_registration
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -79,3 +80,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+auto_registration.install()

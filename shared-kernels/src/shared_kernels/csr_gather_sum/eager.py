@@ -72,6 +72,10 @@ def _transpose(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 def _entry_products(table: Tensor, indices: Tensor, grad: Tensor, row_of_entry: Tensor) -> Tensor:
     """`table[indices[e]] . grad[row_of_entry[e]]` for every entry, a block of entries at a time."""
     block = max(1, _WEIGHT_GRADIENT_ELEMENTS // max(1, table.shape[1]))
-    blocks = zip(indices.split(block), row_of_entry.split(block), strict=True)
-    products = [(table.index_select(0, i) * grad.index_select(0, r)).sum(1) for i, r in blocks]
+    products = []
+    for i, r in zip(indices.split(block), row_of_entry.split(block), strict=True):
+        values, grads = table.index_select(0, i), grad.index_select(0, r)
+        if values.dtype in (torch.bfloat16, torch.float16):
+            values = values.float()  # so that products are rounded once, at the end
+        products.append((values * grads).sum(1))
     return torch.cat(products)

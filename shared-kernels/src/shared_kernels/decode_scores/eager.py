@@ -111,18 +111,16 @@ def decode_topk_eager(
     sums = _sum_units(z, unit_rows, mode, pos_weight)
     B, W = z.shape[0], word_ptr.numel() - 1
     block = W if torch.compiler.is_compiling() else max(k, _BLOCK_SCORES // max(B, 1))  # block bounds are data
-    best = best_index = normalizer = None
+    best, normalizer = sums.total.new_empty(B, 0), sums.total.new_full((B,), -math.inf)
+    best_index = torch.empty(B, 0, dtype=torch.int64, device=z.device)
     for start, part in _word_blocks(words, max(block, 1)):
         scores = _score_words(sums, part, rule)
         if word_mask is not None:
             scores = scores.masked_fill(~word_mask[start : start + scores.shape[1]], -math.inf)
+        normalizer = torch.logaddexp(normalizer, scores.logsumexp(1))
         index = torch.arange(start, start + scores.shape[1], device=z.device).expand_as(scores)
-        block_normalizer = scores.logsumexp(1)
-        if best is not None:
-            scores, index = torch.cat([best, scores], 1), torch.cat([best_index, index], 1)
-            block_normalizer = torch.logaddexp(normalizer, block_normalizer)
+        scores, index = torch.cat([best, scores], 1), torch.cat([best_index, index], 1)
         best, best_index = _best(scores, index, min(k, scores.shape[1]))
-        normalizer = block_normalizer
     return best, best_index, normalizer
 
 

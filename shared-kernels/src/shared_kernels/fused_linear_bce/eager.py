@@ -3,20 +3,47 @@
 Self-contained on purpose: this file is copied verbatim next to models on the Hub.
 """
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _CHUNK_BYTES = 64 << 20
-"""Size of the logits of one chunk. Changes memory and speed, never the loss beyond rounding."""
+"""Size of the float32 logits of one chunk. Changes memory and speed, never the loss beyond rounding."""
+
+_CHUNK_MULTIPLE = 128
+"""Rows per chunk are a multiple of this, if there are that many: matrix products run in such tiles."""
 
 _BLOCK_ELEMENTS = 1 << 18
 """Elementwise work runs on this many logits at a time, so that its scratch stays in the cache."""
 
-_FOLD = 4
-"""Columns whose log terms are multiplied into one before the logarithm, the dearest step, is taken."""
+
+class Problem(NamedTuple):
+    """The inputs, in one dtype."""
+
+    x: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    row_weight: Tensor | None  # [N], in the dtype of the sums
+    positive_ptr: Tensor  # [N + 1]
+    positive_rows: Tensor  # [P]
+    pos_weight: float
+    chunk_rows: int
+
+
+class Solution(NamedTuple):
+    """Losses and gradients in the dtype of the sums; a gradient that nobody needs is None."""
+
+    losses: Tensor  # [N], before row_weight
+    grad_x: Tensor | None  # [N, D], of the sum of the weighted losses
+    grad_weight: Tensor | None  # [V, D]
+
+
+class LogitsStep(Protocol):
+    """Turns the logits of one chunk into losses and gradients."""
+
+    def __call__(self, z: Tensor, dz: Tensor, start: int, problem: Problem) -> Tensor:
+        """Return the losses of rows `start` and following; leave their weighted gradients in `dz`, which may be `z`."""
 
 
 def fused_linear_bce_eager(
@@ -49,28 +76,70 @@ def fused_linear_bce_eager(
     Returns:
         0-dim tensor, float32 (float64 for float64 inputs). Its gradients were formed along the way.
     """
+    problem = prepare(x, weight, row_weight, positive_ptr, positive_rows, pos_weight, chunk_rows)
+    if torch.compiler.is_compiling():
+        problem = problem._replace(chunk_rows=max(1, x.shape[0]))
+    with torch.autocast(x.device.type, enabled=False):
+        return _FusedLinearBCE.apply(*problem, torch.is_grad_enabled()) * scale
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    row_weight: Tensor | None,
+    positive_ptr: Tensor,
+    positive_rows: Tensor,
+    pos_weight: float,
+    chunk_rows: int | None,
+) -> Problem:
+    """Bring the inputs to one dtype, as autocast has it, and choose the chunk."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
     common = torch.promote_types(x.dtype, weight.dtype)
-    x, weight = x.to(common), weight.to(common)
-    sums = torch.float64 if common == torch.float64 else torch.float32
+    if torch.is_autocast_enabled(device) and common != torch.float64:
+        common = torch.get_autocast_dtype(device)
     if row_weight is not None:
-        row_weight = row_weight.to(sums)
+        row_weight = row_weight.to(_sum_dtype(common))
     if chunk_rows is None:
         chunk_rows = max(1, _CHUNK_BYTES // (4 * max(1, weight.shape[0])))
-    if torch.compiler.is_compiling():
-        chunk_rows = max(1, x.shape[0])
-    wants = torch.is_grad_enabled()
-    with torch.autocast(device, enabled=False):
-        total = _FusedLinearBCE.apply(
-            x, weight, row_weight, positive_ptr, positive_rows, float(pos_weight), chunk_rows, wants
-        )
-    return total * scale
+        chunk_rows = max(chunk_rows // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE, min(chunk_rows, _CHUNK_MULTIPLE))
+    return Problem(
+        x.to(common), weight.to(common), row_weight, positive_ptr, positive_rows, float(pos_weight), chunk_rows
+    )
+
+
+def solve(problem: Problem, needs_x: bool, needs_weight: bool, step: LogitsStep) -> Solution:
+    """Walk the chunks: logits, `step`, and the two products that carry its gradients to `x` and `weight`."""
+    (N, D), V, device = problem.x.shape, problem.weight.shape[0], problem.x.device
+    sums = _sum_dtype(problem.x.dtype)
+    # a CPU multiplies half precision no faster than float32, so there the products are formed in float32
+    products = sums if device.type == "cpu" else problem.x.dtype
+    head = problem.weight.to(products)
+    grad_x = torch.empty(N, D, dtype=sums, device=device) if needs_x else None
+    grad_weight = torch.zeros(V, D, dtype=sums, device=device) if needs_weight else None
+    losses = torch.empty(N, dtype=sums, device=device)
+    logits = torch.empty(min(N, problem.chunk_rows), V, dtype=sums, device=device)
+    gradients = logits if products == sums else torch.empty_like(logits, dtype=products)
+    for start in range(0, N, problem.chunk_rows):
+        stop = min(start + problem.chunk_rows, N)
+        rows = problem.x[start:stop].to(products)
+        z = _multiply(rows, head.T, logits[: stop - start])
+        dz = gradients[: stop - start]
+        losses[start:stop] = step(z, dz, start, problem)
+        if grad_x is not None:
+            _multiply(dz, head, grad_x[start:stop])
+        if grad_weight is not None:
+            _multiply_add(dz.T, rows, grad_weight)
+    return Solution(losses, grad_x, grad_weight)
+
+
+def weighted_sum(losses: Tensor, row_weight: Tensor | None) -> Tensor:
+    """0-dim sum of the weighted losses, formed in float64."""
+    weighted = losses if row_weight is None else losses * row_weight
+    return weighted.sum(dtype=torch.float64).to(losses.dtype)
 
 
 class _FusedLinearBCE(torch.autograd.Function):
-    """The unscaled loss; dx and dweight are kept in the accumulation dtype until the backward pass scales them."""
+    """The loss before `scale`; the gradients stay in the dtype of the sums until the backward pass scales them."""
 
     @staticmethod
     def forward(
@@ -82,49 +151,24 @@ class _FusedLinearBCE(torch.autograd.Function):
         positive_rows: Tensor,
         pos_weight: float,
         chunk_rows: int,
-        wants: bool,
+        wants_gradients: bool,
     ) -> Tensor:
-        sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-        on_gpu = x.device.type != "cpu"
-        needs_x, needs_weight = (wants and need for need in ctx.needs_input_grad[:2])
-        product_dtype = x.dtype if on_gpu else sums  # a CPU multiplies half precision no faster than float32
-        head = weight.to(product_dtype)
-        (N, D), V = x.shape, weight.shape[0]
-        grad_x = torch.empty(N, D, dtype=sums, device=x.device) if needs_x else None
-        grad_weight = torch.zeros(V, D, dtype=sums, device=x.device) if needs_weight else None
-        losses = torch.empty(N, dtype=sums, device=x.device)
-        logits = torch.empty(min(N, chunk_rows), V, dtype=sums, device=x.device)
-        starts = range(0, N, chunk_rows)
-        bounds = [0, positive_rows.numel()] if len(starts) == 1 else _host_bounds(positive_ptr, chunk_rows)
-        for chunk, start in enumerate(starts):
-            stop = min(start + chunk_rows, N)
-            rows = x[start:stop].to(product_dtype)
-            z = _multiply(rows, head.T, logits[: stop - start])
-            columns = positive_rows[bounds[chunk] : bounds[chunk + 1]]
-            counts = positive_ptr[start : stop + 1].diff()
-            losses[start:stop] = _loss_and_gradient_of_logits(z, counts, columns, pos_weight)
-            if row_weight is not None and (needs_x or needs_weight):
-                z.mul_(row_weight[start:stop, None])
-            dz = z.to(product_dtype)
-            if needs_x:
-                _multiply(dz, head, grad_x[start:stop])
-            if needs_weight:
-                _multiply_add(dz.T, rows, grad_weight)
-        ctx.save_for_backward(grad_x, grad_weight, losses if ctx.needs_input_grad[2] else None)
+        needs_x, needs_weight, needs_row_weight = (wants_gradients and need for need in ctx.needs_input_grad[:3])
+        problem = Problem(x, weight, row_weight, positive_ptr, positive_rows, pos_weight, chunk_rows)
+        solution = solve(problem, needs_x, needs_weight, _logits_step)
+        ctx.save_for_backward(solution.grad_x, solution.grad_weight, solution.losses if needs_row_weight else None)
         ctx.input_dtype = x.dtype
-        weighted = losses if row_weight is None else losses * row_weight
-        return weighted.sum(dtype=torch.float64).to(sums)
+        return weighted_sum(solution.losses, row_weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if saved is None else saved * grad for saved in ctx.saved_tensors]
-        grad_x, grad_weight = (None if g is None else g.to(ctx.input_dtype) for g in scaled[:2])
-        return grad_x, grad_weight, scaled[2], None, None, None, None, None
+        grad_x, grad_weight, grad_row_weight = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
+        grad_x, grad_weight = (None if g is None else g.to(ctx.input_dtype) for g in (grad_x, grad_weight))
+        return grad_x, grad_weight, grad_row_weight, None, None, None, None, None
 
 
-def _host_bounds(positive_ptr: Tensor, chunk_rows: int) -> list[int]:
-    """Where each chunk's positives start, and where the last one's end."""
-    return [*positive_ptr[:-1:chunk_rows].tolist(), int(positive_ptr[-1])]
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -140,33 +184,39 @@ def _multiply_add(a: Tensor, b: Tensor, total: Tensor) -> None:
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
 
 
-def _loss_and_gradient_of_logits(z: Tensor, counts: Tensor, columns: Tensor, pos_weight: float) -> Tensor:
-    """Loss of every row; `z` `[n, V]` becomes the gradient of that loss with respect to `z`, in place."""
+def _logits_step(z: Tensor, dz: Tensor, start: int, problem: Problem) -> Tensor:
     n, V = z.shape
-    row = torch.arange(n, device=z.device).repeat_interleave(counts, output_size=columns.numel())
+    bounds, columns = problem.positive_ptr[start : start + n + 1], problem.positive_rows
+    if not torch.compiler.is_compiling():  # then this chunk has all of them
+        columns = columns[int(bounds[0]) : int(bounds[-1])]
+    row = torch.arange(n, device=z.device).repeat_interleave(bounds.diff(), output_size=columns.shape[0])
     slots = row * V + columns
     flat = z.view(-1)
     z_positive = flat.index_select(0, slots)  # [P of this chunk]
     losses = _softplus_sums_then_sigmoid(z)
     # softplus(z) = z + softplus(-z); logsigmoid, because F.softplus rounds to the identity above 20
-    losses.index_add_(0, row, (1.0 - pos_weight) * F.logsigmoid(z_positive) - z_positive)
-    flat.index_copy_(0, slots, -pos_weight * torch.sigmoid(-z_positive))
+    losses.index_add_(0, row, (1.0 - problem.pos_weight) * F.logsigmoid(z_positive) - z_positive)
+    flat.index_copy_(0, slots, -problem.pos_weight * torch.sigmoid(-z_positive))
+    if problem.row_weight is not None:
+        z.mul_(problem.row_weight[start : start + n, None])
+    if dz is not z:
+        dz.copy_(z)
     return losses
 
 
 def _softplus_sums_then_sigmoid(z: Tensor) -> Tensor:
     """Return sum_c softplus(z[n, c]) per row and leave sigmoid(z) in `z`.
 
-    softplus(z) = max(z, 0) - log(1 - t) with t = min(s, 1 - s), s = sigmoid(z): exact for either sign. The logarithms
-    of a few columns are taken at once through 1 - (a + b - a b) = (1 - a)(1 - b), which keeps small t to full
-    precision where the product (1 - a)(1 - b) itself would round to one. t <= 1/2, so four factors are >= 1/16.
+    softplus(z) = max(z, 0) - log(1 - t) with t = min(s, 1 - s), s = sigmoid(z): exact for either sign. The logarithm
+    is the dearest step, so four of them are taken at once through (1 - a)(1 - b) = 1 - (a + b - a b), which keeps a
+    small t to full precision where that product itself would round to one. t <= 1/2, so four factors are >= 1/16.
     """
     n, V = z.shape
-    quarter = -(-V // _FOLD)
+    quarter = -(-V // 4)
     block = max(1, _BLOCK_ELEMENTS // max(1, V))
-    sums = torch.empty(n, dtype=z.dtype, device=z.device)
-    scratch = torch.zeros(min(n, block), quarter * _FOLD, dtype=z.dtype, device=z.device)  # padding columns stay 0
     one = torch.ones((), dtype=z.dtype, device=z.device)
+    sums = torch.empty(n, dtype=z.dtype, device=z.device)
+    scratch = torch.zeros(min(n, block), 4 * quarter, dtype=z.dtype, device=z.device)  # padding columns stay 0
     for start in range(0, n, block):
         part = z[start : start + block]
         padded = scratch[: part.shape[0]]

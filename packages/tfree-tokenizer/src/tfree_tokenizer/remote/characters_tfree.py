@@ -1,6 +1,7 @@
 """What every code point is to the word splitter: one byte per code point, built on first use.
 
-The low four bits hold the kind of the character, the high bits say how it behaves next to a space.
+The low four bits hold the kind of the character. The flags above say whether neighbors of the same kind form one word
+(`RUN`), and whether a space is expected beside it.
 """
 
 import re
@@ -18,7 +19,7 @@ MARK, JOINER, PICTURE, SKIN_TONE, TAG, REGION = 4, 5, 6, 7, 8, 9
 BORDER = 10  # never in the table: stands between two texts, and where a special token was cut out
 KIND_BITS = 15
 
-NO_SPACE_AFTER, NO_SPACE_BEFORE, SPACELESS = 16, 32, 64
+NO_SPACE_AFTER, NO_SPACE_BEFORE, SPACELESS, RUN = 16, 32, 64, 128
 
 _AFTER_V1 = "#$=-+*/'\"\\(<[]~^&@%_\n "
 _BEFORE_V1 = ".,:;?!=-+*/'\"\\)>]~^&@%_\n 1234567890"
@@ -58,7 +59,7 @@ def character_table(ruleset: Ruleset) -> np.ndarray:
     if ruleset == "v2":
         _set_blocks(table, _PICTURE_BLOCKS, PICTURE)
     _set_letters(table)
-    table[ord(" ")], table[ord("\n")] = SPACE, LINE_BREAK
+    table[ord(" ")], table[ord("\n")] = SPACE | RUN, LINE_BREAK | RUN
     if ruleset == "v2":
         _set_clusters(table)
     no_space_after, no_space_before = spaces_around(ruleset)
@@ -77,14 +78,14 @@ def _set_letters(table: np.ndarray) -> None:
     """Letters are what `re` calls a word character, less decimal digits and the underscore."""
     everything = np.arange(CODE_POINTS, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
     for run in re.finditer(r"[^\W\d_]+", everything):
-        table[run.start() : run.end()] = LETTER
+        table[run.start() : run.end()] = LETTER | RUN
 
 
 def _set_clusters(table: np.ndarray) -> None:
     """Overwrite the kinds that only v2 knows, later lines winning over earlier ones."""
     for first, last in _SPACELESS_BLOCKS:
         block = table[first : last + 1]
-        block[block == LETTER] = OTHER  # a cluster of its own instead of a part of a run
+        block[block == LETTER | RUN] = OTHER  # a cluster of its own instead of a part of a run
         block |= SPACELESS
     for first, last in ((0x0300, 0x3FFFF), (0xE0000, 0xE0FFF)):  # no mark lies outside (Unicode 17)
         names = [unicodedata.category(chr(c)) for c in range(first, last + 1)]

@@ -84,10 +84,10 @@ class TFreeConfig(LlamaConfig):
     objective: str = "bce"
     """"bce": the paper's multi-label loss. "dictionary_ce": softmax over the dictionary's summed row logits."""
 
-    loss_pos_weight: float = 300.0
+    loss_pos_weight: int | float = 300.0
     """pw: weight of the ones in "bce"."""
 
-    loss_scale: float = 100.0
+    loss_scale: int | float = 100.0
     """s: factor of "bce"."""
 
     loss_normalization: str = "active"
@@ -99,10 +99,10 @@ class TFreeConfig(LlamaConfig):
     decode_mode: str | None = None
     """How words are scored: "mean", "contrast" or "loglik". None: "contrast" for "bce", "loglik" for "dictionary_ce"."""
 
-    decode_temperature: float | None = None
+    decode_temperature: int | float | None = None
     """Divides the scores; fitted by `calibrate_decode`. None: 0.06 for "bce", m for "dictionary_ce"."""
 
-    decode_edge_weight: float = 1.0
+    decode_edge_weight: int | float = 1.0
     """w_e: weight of the rows of border trigrams in "mean" and "contrast". Below 0.8 damps edge artefacts."""
 
     copy_spelled_words: bool = True

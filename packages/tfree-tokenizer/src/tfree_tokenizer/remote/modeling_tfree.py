@@ -23,6 +23,7 @@ from .dictionary_tfree import build_factored_dictionary, select_csr
 from .embedding_tfree import StoredDictionary, TFreeEmbedding
 from .kernels_tfree import fused_linear_bce
 from .losses_tfree import composed_softmax_loss, multilabel_scale, sample_words
+from .saving_tfree import staged_folder
 from .spelling_tfree import WordsInIds, copy_logits, final_positions, word_positions
 
 
@@ -57,6 +58,16 @@ class TFreePreTrainedModel(LlamaPreTrainedModel):
             except ValueError as error:
                 raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
         return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save as every transformers model does, with the code that loads it; a failed save changes nothing."""
+        if push_to_hub:  # the upload looks for changed files in the folder itself
+            super().save_pretrained(save_directory, *args, push_to_hub=True, **kwargs)
+            return
+        with staged_folder(save_directory) as staged:
+            super().save_pretrained(staged, *args, **kwargs)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
@@ -163,7 +174,13 @@ class TFreeModel(TFreePreTrainedModel, LlamaModel):
         """
         if input_ids is None or inputs_embeds is not None:
             return super().forward(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+                input_ids,
+                attention_mask,
+                position_ids,
+                inputs_embeds=inputs_embeds,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
             )
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids must hold at least one id per row, got an empty sequence.")
@@ -492,8 +509,11 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         candidates, log_inclusion = sample_words(config.vocab_size, first_word, config.sampled_words, self.device)
         return candidates[is_word[candidates]], log_inclusion[is_word[candidates]]
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Hide bytes inside spelled words from attention and pass the whole context on."""
+        kwargs["inputs_embeds"] = inputs_embeds  # named above because `generate` looks for it in the signature
         context, mask = kwargs.pop("context_ids", None), kwargs.get("attention_mask")
         if context is None:
             context = input_ids

@@ -83,8 +83,10 @@ def find_words(
 
     used, index = torch.unique(word, return_inverse=True)
     from_dictionary = used[used < len(dictionary)]
-    extra = [*number_of, None]  # every spelled word ends a position, so all of them are used
-    found = dictionary.select(from_dictionary).join(build_factored_dictionary(extra, spec).to(input_ids.device))
+    extra = [*map(_as_word, number_of), None]  # every spelled word ends a position, so all of them are used
+    special = [i for i, extra_word in enumerate(extra) if isinstance(extra_word, str)]
+    new_words = build_factored_dictionary(extra, spec, special).to(input_ids.device)
+    found = dictionary.select(from_dictionary).join(new_words)
     new_numbers = torch.arange(len(dictionary), len(dictionary) + len(extra), device=input_ids.device)
     numbers = torch.cat([from_dictionary, new_numbers])
     return WordsInIds(found, numbers, index, is_final, spelled)
@@ -139,6 +141,14 @@ def copy_logits(
             logits[row], scores[row], available, number_of, context_ids[row], first_kept, first_byte_id, floor
         )
     return logits
+
+
+def _as_word(data: bytes) -> str | bytes:
+    """Text instead of bytes for a control token without an id: it is spelled, but hashed from its whole string."""
+    try:
+        return data.decode("utf-8", "surrogatepass") if b"<|" in data else data
+    except UnicodeDecodeError:
+        return data
 
 
 def byte_ids(data: bytes, first_byte_id: int) -> list[int]:

@@ -228,8 +228,12 @@ def _bracketed(text: str) -> Iterator[tuple[int, int]]:
 
 def split_plain(text: str, ruleset: Ruleset, max_word_bytes: int | None) -> list[str]:
     """Split a text that holds no special token into words and marker strings."""
-    words = _split_v1(text, max_word_bytes) if ruleset == "v1" else _split_v2(text, max_word_bytes)
-    return _with_markers(words, ruleset)
+    return _with_markers(split_unmarked(text, ruleset, max_word_bytes), ruleset)
+
+
+def split_unmarked(text: str, ruleset: Ruleset, max_word_bytes: int | None) -> list[str]:
+    """Split plain text, spacing left as runs of spaces or line breaks, and '' where an expected space is missing."""
+    return _split_v1(text, max_word_bytes) if ruleset == "v1" else _split_v2(text, max_word_bytes)
 
 
 @lru_cache(maxsize=1)
@@ -261,20 +265,15 @@ def _pattern_v2() -> re.Pattern[bytes]:
     return re.compile("".join(kinds.get(letter, letter) for letter in template).encode("latin-1"), re.DOTALL)
 
 
-def atom_spans_v2(text: str) -> list[tuple[int, int]]:
-    """Return start and end of every atom and of every run of spaces or line breaks (ruleset v2)."""
-    return [found.span() for found in _pattern_v2().finditer(_kinds(text))]
-
-
-def _kinds(text: str) -> bytes:
-    table = character_table("v2")
-    codes = memoryview(text.encode("utf-32-le", "surrogatepass")).cast("I")
-    return (table[codes] & KIND_BITS).tobytes()
+def word_starts_v2(kinds: bytes) -> list[int]:
+    """Return where words, runs of spaces and runs of line breaks begin, from the kinds of the characters."""
+    return [found.start() for found in _pattern_v2().finditer(kinds)]
 
 
 def _split_v2(text: str, max_word_bytes: int | None) -> list[str]:
-    """Like `_split_v1`: '' where an expected space is missing; a single expected space is left out."""
-    atoms = [text[start:end] for start, end in atom_spans_v2(text)]
+    codes = memoryview(text.encode("utf-32-le", "surrogatepass")).cast("I")
+    starts = word_starts_v2((character_table("v2").take(codes) & KIND_BITS).tobytes())
+    atoms = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=False)]
     if max_word_bytes is not None:
         atoms = _with_cuts(atoms, max_word_bytes)
     words: list[str] = []
