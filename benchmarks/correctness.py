@@ -24,6 +24,7 @@ from shared_kernels.decode_scores.reference import decode_scores_reference, deco
 from shared_kernels.fused_linear_bce.reference import fused_linear_bce_reference
 from shared_kernels.hash_embedding_bag.reference import hash_embedding_bag_reference
 from shared_kernels.mix32_rows.reference import mix32_rows_reference
+from tfree_tokenizer import FactoredDictionary
 
 TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2}  # of the largest entry; TF32 products (3e-4) do not pass as float32
 CHECKED_COLUMNS = 128  # the reference gathers [nnz, columns] in float64, so it sees the first and last columns only
@@ -135,12 +136,26 @@ def _check_scores(dtype: str, options: Options) -> Pairs:
             z.cpu().double(), words.word_ptr, words.word_units, words.word_edges, words.unit_rows, **settings
         )
         yield f"{mode} scores", scores[:, chosen], want
+        yield f"{mode} gradient of z", *_score_gradients(z, words, settings)
         k = min(50, len(dictionary))
-        values, indices, total = decode_topk(z, *dictionary.tensors(), k=k, **settings)
+        values, indices, total = decode_topk(z, *dictionary.tensors(), k, **settings)
         want_values, _, want_total = decode_topk_reference(scores.double(), k)
         yield f"{mode} top-k values", values, want_values
         yield f"{mode} scores of the top-k words", scores.gather(1, indices), want_values
         yield f"{mode} logsumexp", total, want_total
+
+
+def _score_gradients(z: Tensor, words: FactoredDictionary, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Gradient of a weighted sum of the scores of a few words: ours, and the reference's on the CPU in float64."""
+    weights = torch.linspace(-1, 1, len(words), dtype=torch.float64)
+    ours, reference = z.clone().requires_grad_(), z.cpu().double().requires_grad_()
+    scores = decode_scores(ours, *words.to(str(z.device)).tensors(), **settings)
+    want = decode_scores_reference(
+        reference, words.word_ptr, words.word_units, words.word_edges, words.unit_rows, **settings
+    )
+    (got,) = torch.autograd.grad((scores * weights.to(z.device, scores.dtype)).sum(), ours)
+    (expected,) = torch.autograd.grad((want * weights).sum(), reference)
+    return got, expected
 
 
 def _check_hash(_: str, options: Options) -> Pairs:

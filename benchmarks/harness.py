@@ -189,7 +189,7 @@ def floor_seconds(case: Case, limits: Mapping[str, float]) -> float:
 
 
 def _rounds(one_round: float, options: Options) -> int:
-    fewest, budget = (3, 0.5) if options.quick else (5, 45.0)
+    fewest, budget = (3, 0.5) if options.quick else (5, 20.0)
     return max(fewest, min(options.rounds, int(budget / max(one_round, 1e-9))))
 
 

@@ -1,7 +1,8 @@
-"""Peak memory and first call of one contender, in a process of its own.
+"""Peak memory and first call of each contender, in a process of its own.
 
-Allocators keep freed pages, so growth inside a used process reads as 0; a fresh process has none. `VmHWM` is read
-after writing 5 to /proc/self/clear_refs, because `ru_maxrss` survives `exec` and starts at the parent's peak.
+Allocators keep freed pages, so growth inside a used process reads as 0; here a new process builds the inputs and forks
+once per contender. `VmHWM` is read after writing 5 to /proc/self/clear_refs, because `ru_maxrss` survives `exec` and
+starts at the parent's peak.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import gc
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,30 +26,36 @@ from benchmarks import ROOT
 from benchmarks.harness import REGISTRY, Case, Options
 
 MIB = 2**20
+_MARK = "measured "  # other lines on stdout come from the libraries
 MODULES = ("benchmarks.cases", "benchmarks.scaling")
 
 
 def measure_apart(
-    name: str, contender: str, options: Options, *, modules: Sequence[str] = MODULES, timeout: float = 600.0
-) -> dict[str, float | str]:
-    """Build case `name`, which one of `modules` registers, in a new process and call one contender there.
+    name: str, options: Options, *, modules: Sequence[str] = MODULES, timeout: float = 1800.0
+) -> dict[str, dict[str, float | str]]:
+    """Build case `name`, which one of `modules` registers, in a new process and call every contender in a fork of it.
 
     Returns:
-        `peak_mib`, `held_mib` and `first_call_ms` of the first call, `second_peak_mib` of the one after it (what is
-        left when tables and caches exist), or `error` with the reason, for example that the memory did not suffice.
+        By contender `peak_mib`, `held_mib` and `first_call_ms` of the first call and `second_peak_mib` of the one after
+        it (what is left when tables and caches exist), or `error`, for example where the memory did not suffice. A case
+        that cannot be built gives the error under "ours".
     """
-    command = [sys.executable, "-m", "benchmarks.memory", name, contender, "--device", options.device]
+    command = [sys.executable, "-m", "benchmarks.memory", name, "--device", options.device]
     command += ["--quick"] if options.quick else []
     command += [argument for path in options.texts for argument in ("--text", path)]
     command += [argument for module in modules for argument in ("--module", module)]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
-        return {"error": f"no result within {timeout:.0f} s"}
+        return {"ours": {"error": f"no result within {timeout:.0f} s"}}
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [""]
-        return {"error": f"exit status {done.returncode}: {last[0]}"[:300]}
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+        return {"ours": {"error": f"exit status {done.returncode}: {last[0]}"[:300]}}
+    found = {}
+    for line in done.stdout.splitlines():
+        if line.startswith(_MARK):
+            found.update(json.loads(line.removeprefix(_MARK)))
+    return found
 
 
 def peaks(case: Case, call: Callable[[], Any], device: str) -> dict[str, float]:
@@ -119,16 +127,29 @@ def _warm_libraries(device: str) -> None:
     F.embedding_bag(torch.tensor([[0, 1]], device=device), x.detach(), mode="sum")
 
 
+def _print_forked(name: str, case: Case, call: Callable[[], Any], device: str) -> None:
+    """Measure one contender in a fork, so that none sees the pages that another one freed."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            print(_MARK + json.dumps({name: peaks(case, call, device)}), flush=True)
+            status = 0
+        finally:
+            os._exit(status)  # without the parent's exit handlers
+    _, status = os.waitpid(child, 0)
+    if status != 0:
+        print(_MARK + json.dumps({name: {"error": f"wait status {status}"}}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
     parser.add_argument("case")
-    parser.add_argument("contender")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--text", action="append", default=[])
     parser.add_argument("--module", action="append", default=[])
     arguments = parser.parse_args()
-
     for module in arguments.module:
         importlib.import_module(module)  # fills the registry
 
@@ -136,7 +157,8 @@ def main() -> None:
     options = Options(device=arguments.device, quick=arguments.quick, texts=tuple(arguments.text))
     case = REGISTRY[arguments.case].build(options)
     assert isinstance(case, Case), "facts have no contenders"
-    print(json.dumps(peaks(case, case.contenders()[arguments.contender], arguments.device)))
+    for name, call in case.contenders().items():
+        _print_forked(name, case, call, arguments.device)
 
 
 if __name__ == "__main__":

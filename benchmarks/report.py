@@ -74,9 +74,7 @@ def run_case(name: str, options: Options, run: Mapping[str, Any], *, memory: boo
 def _case_line(case: Case, options: Options, run: Mapping[str, Any], memory: bool) -> dict[str, Any]:
     result = compare(case, options)
     floor = floor_seconds(case, run["limits"])
-    apart: dict[str, Any] = {}
-    if memory and case.memory and not options.quick:
-        apart = {contender: _peaks(case, contender, options) for contender in result["samples"]}
+    apart = _memory(case, options) if memory and case.memory and not options.quick else {}
     return {
         "kind": "case",
         "case": case.name,
@@ -93,10 +91,10 @@ def _case_line(case: Case, options: Options, run: Mapping[str, Any], memory: boo
     }
 
 
-def _peaks(case: Case, contender: str, options: Options) -> dict[str, Any]:
+def _memory(case: Case, options: Options) -> dict[str, Any]:
     if options.device == "cuda":  # its allocator counts exactly, so no new process is needed
-        return dict(peaks(case, case.contenders()[contender], options.device))
-    return dict(measure_apart(case.name, contender, options))
+        return {name: peaks(case, call, options.device) for name, call in case.contenders().items()}
+    return dict(measure_apart(case.name, options))
 
 
 def _fact_line(fact: Fact, run: Mapping[str, Any]) -> dict[str, Any]:

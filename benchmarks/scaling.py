@@ -73,9 +73,8 @@ def measure_curve(curve: Curve, options: Options, *, memory: bool = True, rounds
     slopes = [fitted_slope(sizes, [s[turn] for s in samples]) for turn in range(len(samples[0]))]
     del cases
     gc.collect()
-    peaks = (
-        [measure_apart(_name(curve, size), "ours", options) for size in sizes] if memory and not options.quick else []
-    )
+    with_memory = memory and not options.quick
+    peaks = [measure_apart(_name(curve, size), options).get("ours", {}) for size in sizes] if with_memory else []
     return {
         "kind": "curve",
         "case": curve.name,

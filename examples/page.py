@@ -12,7 +12,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1, h2 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid #d0d7de; padding-bottom: .3rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; border-bottom: 1px solid #d0d7de; }
 td { text-align: right; } td:first-child, th:first-child { text-align: left; }
-blockquote { margin: 1rem 0; padding: .5rem 1rem; background: #f6f8fa; border-left: 4px solid #4c78a8; white-space: pre-wrap; }
+blockquote { margin: 1rem 0; padding: .5rem 1rem; background: #f6f8fa; border-left: 4px solid #4c78a8; }
+blockquote { white-space: pre-wrap; }
 blockquote b { color: #4c78a8; } img { max-width: 100%; }
 .word { display: inline-block; margin: .15rem; padding: .1rem .45rem; border-radius: .4rem; background: #e7eefb; }
 .mark { background: #eee; color: #777; font-size: .8em; } .spelled { background: #fde8d7; }

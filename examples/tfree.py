@@ -22,16 +22,16 @@ PROMPTS = {
 SENTENCE = "Die Tabellendokumente werden automatisch gespeichert, auch in LibreOffice 7.4!"
 RELATED = ("document", "documents", "Dokument", "Tabelle")
 SAMPLES = {  # written for this demo: the same paragraph in five languages
-    "en": "Open the file again and check whether all the settings have been kept. If the window stays empty, close the "
-    "program, wait a moment and try once more with another document.",
-    "de": "Öffnen Sie die Datei erneut und prüfen Sie, ob alle Einstellungen erhalten geblieben sind. Bleibt das Fenster "
-    "leer, schließen Sie das Programm, warten einen Augenblick und versuchen es mit einem anderen Dokument.",
-    "fr": "Ouvrez de nouveau le fichier et vérifiez que tous les paramètres ont été conservés. Si la fenêtre reste vide, "
-    "fermez le programme, attendez un instant et recommencez avec un autre document.",
-    "es": "Abra de nuevo el archivo y compruebe que se hayan conservado todos los ajustes. Si la ventana queda vacía, "
-    "cierre el programa, espere un momento e inténtelo otra vez con otro documento.",
-    "it": "Apra di nuovo il file e controlli che tutte le impostazioni siano state mantenute. Se la finestra resta vuota, "
-    "chiuda il programma, attenda un attimo e riprovi con un altro documento.",
+    "en": """Open the file again and check whether all the settings have been kept. If the window stays empty, close
+the program, wait a moment and try once more with another document.""",
+    "de": """Öffnen Sie die Datei erneut und prüfen Sie, ob alle Einstellungen erhalten geblieben sind. Bleibt das
+Fenster leer, schließen Sie das Programm, warten einen Augenblick und versuchen es mit einem anderen Dokument.""",
+    "fr": """Ouvrez de nouveau le fichier et vérifiez que tous les paramètres ont été conservés. Si la fenêtre reste
+vide, fermez le programme, attendez un instant et recommencez avec un autre document.""",
+    "es": """Abra de nuevo el archivo y compruebe que se hayan conservado todos los ajustes. Si la ventana queda vacía,
+cierre el programa, espere un momento e inténtelo otra vez con otro documento.""",
+    "it": """Apra di nuovo il file e controlli che tutte le impostazioni siano state mantenute. Se la finestra resta
+vuota, chiuda il programma, attenda un attimo e riprovi con un altro documento.""",
 }
 
 
@@ -100,7 +100,7 @@ def _show_rows(section: Section, spec: HashSpec, out: Path) -> None:
 def _pattern_figure(active: dict[str, frozenset[int]], spec: HashSpec) -> Figure:
     figure, axes = plt.subplots(figsize=(9, 1.9))
     first = next(iter(active.values()))
-    for line, (word, rows) in enumerate(active.items()):
+    for line, rows in enumerate(active.values()):
         shared = sorted(rows & first)
         axes.vlines(sorted(rows - first), line - 0.38, line + 0.38, color="#4c78a8", linewidth=1)
         axes.vlines(shared, line - 0.38, line + 0.38, color="#e45756", linewidth=1)

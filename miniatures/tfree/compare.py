@@ -82,7 +82,7 @@ def run_one(
         "parameters": contender.model.num_parameters(),
         "vocabulary_parameters": contender.vocabulary_parameters(),
         "training": totals,
-        "scoring": contender.prepare_scoring(material.train[:64]),
+        "scoring": contender.prepare_scoring(material.train[:256]),
         "held_out": score_groups(contender, material.held_out),
         "samples": continuations(contender, PROMPTS, seed=seed),
     }

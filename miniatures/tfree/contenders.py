@@ -153,7 +153,8 @@ class TFreeContender(Contender):
         self.escape_probability = escape_share(words, dictionary)
         report: dict[str, Any] = {"escape_probability": self.escape_probability}
         if self.model.config.objective == "bce":
-            self.model.calibrate_decode([self.batch(windows[i : i + 4]) for i in range(0, 16, 4)], max_positions=1024)
+            groups = [windows[i : i + 4] for i in range(0, min(16, len(windows)), 4)]
+            self.model.calibrate_decode(map(self.batch, groups), max_positions=1024)
             report["decode_temperature"] = self.model.config.decode_temperature
         return report
 
@@ -162,24 +163,23 @@ class TFreeContender(Contender):
         batch = self.batch(windows)
         device = self.model.device
         with torch.no_grad():
-            logits = self.model(
-                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
-            ).logits
-        first, words = self.tokenizer.first_byte_id, self.tokenizer.first_word_id
-        logits[:, :, first:words] = -torch.inf  # spelled words are coded by escape and spelling, not by copying
-        return [self._score_row(window, logits[row]) for row, window in enumerate(windows)]
+            hidden = self.model.model(
+                batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
+            ).last_hidden_state
+            return [self._score_row(window, hidden[row]) for row, window in enumerate(windows)]
 
-    def _score_row(self, window: Window, logits: Tensor) -> ScoredText:
+    def _score_row(self, window: Window, hidden: Tensor) -> ScoredText:
         ids = self.tokenizer.encode(window.text, add_special_tokens=False)
         units = self._units(ids)
-        structural = structural_widths(self.tokenizer.ruleset)
         # position p of the led row predicts the unit whose first id stands at p in the unled ids
         starts = torch.tensor([position for _, position in units])
         targets = torch.tensor(ids)[starts]
-        spelled = (targets >= self.tokenizer.first_byte_id) & (targets < self.tokenizer.first_word_id)
-        rows = logits.index_select(0, starts.to(logits.device)).cpu().float()
-        bits, right = _bits_and_hits(rows, targets.masked_fill(spelled, 0))
-        outside = spelled.tolist()
+        first, words = self.tokenizer.first_byte_id, self.tokenizer.first_word_id
+        outside = ((targets >= first) & (targets < words)).tolist()
+        logits = self._word_logits(hidden[starts.to(hidden.device)]).cpu()
+        logits[:, first:words] = -torch.inf  # spelled words are coded by escape and spelling, not by copying
+        bits, right = _bits_and_hits(logits, targets.masked_fill(torch.tensor(outside), 0))
+        structural = structural_widths(self.tokenizer.ruleset)
         widths = [None if out else structural.get(word) for (word, _), out in zip(units, outside, strict=True)]
         spans = dictionary_word_spans(window.text, [word for word, _ in units], widths)
         for number, out in enumerate(outside):
@@ -187,6 +187,12 @@ class TFreeContender(Contender):
             bits[number] = escaped_bits(cost, in_dictionary=not out, escape_probability=self.escape_probability)
             right[number] = right[number] and not out
         return ScoredText(window.text, spans, bits, right)
+
+    def _word_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of all ids, float32 [N, ids], from hidden states [N, D]."""
+        if self.model.config.objective == "dictionary_ce":  # linear in the hidden state: one matrix product
+            return torch.nn.functional.linear(hidden, self.model.get_output_embeddings().weight).float()
+        return self.model.word_logits(self.model.lm_head(hidden)[None])[0]
 
     def _units(self, ids: Sequence[int]) -> list[tuple[str, int]]:
         """Words of an id sequence and where each begins."""

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         "vocabulary_parameters": contender.vocabulary_parameters(),
         "training": totals,
         "options": {name: value for name, value in vars(options).items() if name not in {"out", "run"}},
-        "scoring": contender.prepare_scoring(material.train[:64]),
+        "scoring": contender.prepare_scoring(material.train[:256]),
         "held_out": score_groups(contender, material.held_out),
         "samples": continuations(contender, PROMPTS),
     }

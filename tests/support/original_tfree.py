@@ -106,9 +106,9 @@ class OriginalModel:
             torch.save(self.tokenizer_state(), folder / "tokenizer" / "tokenizer.pt")
         return folder
 
-    def tokenizer_state(self) -> dict[str, object]:
-        """As the original's, but the table is narrow and only filled where the words have trigrams."""
-        table = torch.zeros(1 << 23, self.m, dtype=torch.uint8)
+    def tokenizer_state(self, rows: int = 1 << 23) -> dict[str, object]:
+        """As the original's, but the table is short and of bytes, and only filled where the words have trigrams."""
+        table = torch.zeros(rows, self.m, dtype=torch.uint8)
         used = {trigram for word in self.words if "<|" not in word for trigram in trigrams(word)}
         for trigram in used:
             if number(trigram) < len(table):

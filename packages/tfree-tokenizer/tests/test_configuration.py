@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from tfree_tokenizer import TFreeConfig
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tfree_tokenizer import HashSpec, build_factored_dictionary, dictionary_scores, dictionary_topk, word_pattern
 from tfree_tokenizer.remote.decoding_tfree import sum_active_rows
 

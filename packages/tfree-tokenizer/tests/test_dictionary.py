@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from tfree_tokenizer import FactoredDictionary, HashSpec, build_factored_dictionary, word_pattern
 
 WORDS = ["<|ws|>", "<|endoftext|>", None, b"\xc3", "aaaa", "House", "é", "a", "\ud800", "strengths"] + [

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tfree_tokenizer import HashSpec, build_factored_dictionary, dictionary_loss, embed_words, multilabel_loss, word_pattern
+
+from tfree_tokenizer import (
+    HashSpec,
+    build_factored_dictionary,
+    dictionary_loss,
+    embed_words,
+    multilabel_loss,
+    word_pattern,
+)
 from tfree_tokenizer.remote.losses_tfree import composed_softmax_loss, sample_words
 
 SPEC = HashSpec(hash_vocab_size=48, num_hashes=4, num_lowercase=1, hash_scheme="md5")

@@ -7,6 +7,7 @@ import string
 import numpy as np
 import pytest
 import torch
+
 from tfree_tokenizer import HashSpec, fingerprint_words, special_rows, trigram_rows, word_pattern, word_trigrams
 from tfree_tokenizer.remote.patterns_tfree import is_edge_trigram
 
@@ -71,7 +72,9 @@ def test_md5_rows_follow_the_written_rule(v, m, k):
 
 def test_whole_string_rows_share_the_lower_cased_columns():
     spec = HashSpec(hash_vocab_size=500, num_hashes=6, num_lowercase=2, hash_scheme="md5")
-    expected = [md5_number(f"<|End|>_{i}") % 500 for i in range(4)] + [md5_number(f"<|end|>_lower_{i}") % 500 for i in (0, 1)]
+    expected = [md5_number(f"<|End|>_{i}") % 500 for i in range(4)] + [
+        md5_number(f"<|end|>_lower_{i}") % 500 for i in (0, 1)
+    ]
     assert special_rows("<|End|>", spec).tolist() == expected
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tfree_tokenizer import TFreeConfig, TFreeForCausalLM
 from tfree_tokenizer.remote.saving_tfree import staged_folder
 
@@ -33,9 +34,14 @@ def test_a_failed_save_changes_nothing(model, tmp_path, monkeypatch):
 
 def test_a_failed_first_save_leaves_no_folder(tmp_path):
     target = tmp_path / "new"
-    with pytest.raises(KeyboardInterrupt), staged_folder(target) as staged:
-        (staged / "config.json").write_text("{}")
-        raise KeyboardInterrupt
+
+    def interrupted_save():
+        with staged_folder(target) as staged:
+            (staged / "config.json").write_text("{}")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_save()
     assert not target.exists()
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tfree_tokenizer import HashSpec, build_factored_dictionary
 from tfree_tokenizer.remote.spelling_tfree import byte_ids, copy_logits, final_positions, find_words, word_positions
 

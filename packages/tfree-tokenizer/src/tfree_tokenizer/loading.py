@@ -150,15 +150,9 @@ def _read_config(path: Path) -> TFreeConfig:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{path}: {name} must be a whole number of at least 1, got {value!r}.")
     try:
-        config = TFreeConfig.from_dict(values)
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads = {config.num_attention_heads}, "
-                f"got {config.hidden_size}."
-            )
+        return TFreeConfig.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    return config
 
 
 def _check_weights(files: _Files, expected: TFreeForCausalLM, variant: str | None) -> None:

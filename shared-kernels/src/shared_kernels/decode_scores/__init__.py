@@ -1,2 +1,6 @@
-from .eager import decode_scores_eager as decode_scores
-from .eager import decode_topk_eager as decode_topk
+"""Scores of all words of a dictionary under multi-label logits, and the best of them."""
+
+from .op import decode_scores as decode_scores
+from .op import decode_topk as decode_topk
+
+__all__ = ["decode_scores", "decode_topk"]

@@ -97,7 +97,7 @@ class TFreeConfig(LlamaConfig):
     """"dictionary_ce" in training: expected number of dictionary words in the softmax. 0: all of them."""
 
     decode_mode: str | None = None
-    """How words are scored: "mean", "contrast" or "loglik". None: "contrast" for "bce", "loglik" for "dictionary_ce"."""
+    """How words are scored: "mean", "contrast", "loglik". None: "contrast" for "bce", "loglik" for "dictionary_ce"."""
 
     decode_temperature: int | float | None = None
     """Divides the scores; fitted by `calibrate_decode`. None: 0.06 for "bce", m for "dictionary_ce"."""

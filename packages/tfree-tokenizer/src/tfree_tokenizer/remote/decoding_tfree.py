@@ -136,7 +136,7 @@ def _differentiable_scores(
 
 
 def _weighted_sums(dictionary: FactoredDictionary, table: Tensor, edge_weight: float) -> Tensor:
-    """sum over inner(w) + edge_weight * sum over edge(w), each a set: [W, D]."""
+    """Sum over inner(w) + edge_weight * sum over edge(w), each a set: [W, D]."""
     entry_weight = table.new_ones(dictionary.word_units.shape[0])
     for i in (1, 2):
         entry_weight[dictionary.word_ptr[1:][dictionary.word_edges >= i] - i] = edge_weight

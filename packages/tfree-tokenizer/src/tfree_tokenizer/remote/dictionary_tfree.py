@@ -48,7 +48,7 @@ class FactoredDictionary:
 
     @property
     def num_trigrams(self) -> Tensor:
-        """n of every word: int32 [W], 0 for an entry that is no word."""
+        """N of every word: int32 [W], 0 for an entry that is no word."""
         return self.word_ptr.diff()
 
     @property
@@ -150,7 +150,7 @@ def build_factored_dictionary(
     special = set(special)
     data = [b"" if word is None or i in special else _as_bytes(word) for i, word in enumerate(words)]
     for i, (word, encoded) in enumerate(zip(words, data, strict=True)):
-        if word is not None and not encoded and i not in special or word == "":
+        if (word is not None and not encoded and i not in special) or word == "":
             raise ValueError(f"words[{i}] must not be empty.")
 
     word_of_unit, trigrams, is_edge = _distinct_trigrams(data)
@@ -181,7 +181,9 @@ def build_factored_dictionary(
     )
 
 
-def empty_dictionary(num_words: int, num_units: int, nnz: int, num_corrections: int, num_hashes: int) -> FactoredDictionary:
+def empty_dictionary(
+    num_words: int, num_units: int, nnz: int, num_corrections: int, num_hashes: int
+) -> FactoredDictionary:
     """Allocate the tensors of a dictionary of known sizes, to be overwritten by a checkpoint's."""
     return FactoredDictionary(
         torch.zeros(num_words + 1, dtype=torch.int32),

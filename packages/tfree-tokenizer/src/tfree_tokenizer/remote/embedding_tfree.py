@@ -35,7 +35,8 @@ class StoredDictionary(nn.Module):
     def replace(self, dictionary: FactoredDictionary) -> None:
         """Hold another dictionary from now on."""
         for name in _BUFFERS:
-            self.register_buffer(name, getattr(dictionary, name))
+            tensor = getattr(dictionary, name)
+            self.register_buffer(name, tensor, persistent=tensor.numel() > 0)  # tools that compare weights trip on 0
         self.is_checked = False
 
     def get(self) -> FactoredDictionary:
@@ -88,11 +89,11 @@ class TFreeEmbedding(nn.Embedding):
         )
         return nn.functional.embedding(words.word, vectors)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Embed ids (int [B, L] or [L]): [B, L, D] or [L, D]."""
+    def forward(self, input_ids: Tensor, words: WordsInIds | None = None) -> Tensor:
+        """Embed ids (int [B, L] or [L]): [B, L, D] or [L, D]; `words` are those of a context that ends with the ids."""
         if input_ids.ndim == 1:
             return self.forward(input_ids[None])[0]
-        return self.embed(self.find_words(input_ids))
+        return self.embed(words or self.find_words(input_ids))[:, -input_ids.shape[1] :]
 
 
 def placeholder_dictionary(config: TFreeConfig) -> FactoredDictionary:

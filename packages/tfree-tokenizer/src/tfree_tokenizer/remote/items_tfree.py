@@ -71,13 +71,16 @@ def find_items(text: str, borders: np.ndarray, ruleset: Ruleset, cuts: Sequence[
         _forbid_between_clusters(is_expected, starts, classes)
     starts &= ~is_expected
 
-    start = np.flatnonzero(starts)
-    end = np.append(start[1:] - is_expected.view(np.uint8).take(start[1:] - 1), len(classes))
+    start = starts.nonzero()[0]
+    last = start[1:] - 1  # the character before an item
+    end = np.empty_like(start)
+    np.subtract(start[1:], is_expected.view(np.uint8).take(last), out=end[:-1])
+    end[-1] = len(classes)
     kind = classes.take(start)
-    forbids = (classes.take(start[1:] - 1) & NO_SPACE_AFTER) | (kind[1:] & NO_SPACE_BEFORE)
+    forbids = (classes.take(last) & NO_SPACE_AFTER) | (kind[1:] & NO_SPACE_BEFORE)
     if has_clusters:
         forbids |= kind[:-1] & kind[1:] & SPACELESS
-    return Items(start, end, kind, np.flatnonzero(forbids == 0) + 1)
+    return Items(start, end, kind, (forbids == 0).nonzero()[0] + 1)
 
 
 def _classes(text: str, ruleset: Ruleset) -> np.ndarray:

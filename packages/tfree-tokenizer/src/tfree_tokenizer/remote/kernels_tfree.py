@@ -1,4 +1,4 @@
-"""The sparse operators: from `shared_kernels` if that package is installed, else the PyTorch copies beside this file."""
+"""The sparse operators: from `shared_kernels` if it is installed, else the PyTorch copies beside this file."""
 
 from typing import Any
 

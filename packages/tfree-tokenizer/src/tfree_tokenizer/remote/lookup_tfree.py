@@ -11,7 +11,7 @@ import numpy as np
 from .characters_tfree import Ruleset
 from .items_tfree import BORDER_CLASS, LINE_BREAK_CLASS, SPACE_CLASS, Items, find_items
 from .words_tfree import NO_SPACE, cut_word, line_packs, pack, space_packs, split_unmarked, structural_words
-from .wordtable_tfree import LaneReader, WordTable, utf8_starts
+from .wordtable_tfree import Keys, WordTable, ranges, utf8_starts
 
 
 CHUNK_CHARACTERS = 1 << 18
@@ -127,8 +127,8 @@ class WordLookup:
         words = np.flatnonzero(
             (items.kind != SPACE_CLASS) & (items.kind != LINE_BREAK_CLASS) & (items.kind != BORDER_CLASS)
         )
-        spaces, lines = np.flatnonzero(items.kind == SPACE_CLASS), np.flatnonzero(items.kind == LINE_BREAK_CLASS)
-        borders = np.flatnonzero(items.kind == BORDER_CLASS)
+        spaces, lines = (items.kind == SPACE_CLASS).nonzero()[0], (items.kind == LINE_BREAK_CLASS).nonzero()[0]
+        borders = (items.kind == BORDER_CLASS).nonzero()[0]
         first_byte, end_byte = items.start.take(words), items.end.take(words)
         if characters is not None:
             first_byte, end_byte = characters.take(first_byte), characters.take(end_byte)
@@ -145,7 +145,7 @@ class WordLookup:
         out = _Output(items, counts, with_spans)
         out.put(out.position.take(items.glued) - 1, self._no_space, items.start.take(items.glued), 0)
         out.put(out.position.take(words), found + self.first_word_id, items.start.take(words), length.take(words))
-        unknown = np.flatnonzero(found < 0)
+        unknown = (found < 0).nonzero()[0]
         self._put_bytes(out, words.take(unknown), data, characters, first_byte.take(unknown), num_bytes.take(unknown))
         out.put_packs(spaces, length.take(spaces), self._spaces)
         out.put_packs(lines, length.take(lines), self._lines)
@@ -158,7 +158,7 @@ class WordLookup:
             return items
         is_long = (4 * (items.end - items.start) > limit) & (items.kind != SPACE_CLASS) & (items.kind != LINE_BREAK_CLASS)
         cuts: list[int] = []
-        for row in np.flatnonzero(is_long):
+        for row in (is_long).nonzero()[0]:
             start = int(items.start[row])
             for part in cut_word(joined.text[start : items.end[row]], limit)[:-1]:
                 start += len(part)
@@ -168,7 +168,7 @@ class WordLookup:
     def _find(self, data: np.ndarray, first_byte: np.ndarray, num_bytes: np.ndarray) -> np.ndarray:
         if self._table is None:
             self._table = WordTable(self._words)
-        found = self._table.find(LaneReader(data), first_byte, num_bytes)
+        found = self._table.find(Keys(data, first_byte, num_bytes))
         if len(self._hidden):
             found[np.isin(found, self._hidden)] = -1
         return found
@@ -183,11 +183,11 @@ class WordLookup:
         num_bytes: np.ndarray,
     ) -> None:
         """Spell the words of `rows`."""
-        source = _ranges(first_byte, num_bytes)
+        source = ranges(first_byte, num_bytes)
         ids = data.take(source) + np.int64(self.first_byte_id)
         ids[np.cumsum(num_bytes) - 1] += 256
         start = source if characters is None else np.searchsorted(characters, source, side="right") - 1
-        out.put(_ranges(out.position.take(rows), num_bytes), ids, start, 1)
+        out.put(ranges(out.position.take(rows), num_bytes), ids, start, 1)
 
 
 @dataclass(frozen=True)
@@ -280,11 +280,11 @@ class _Output:
         (longest, longest_id), *shorter = packs.items()
         repeats = length // longest
         if repeats.any():
-            inside = _ranges(np.zeros_like(repeats), repeats)
+            inside = ranges(np.zeros_like(repeats), repeats)
             self.put(np.repeat(where, repeats) + inside, longest_id, np.repeat(start, repeats) + inside * longest, longest)
             where, start = where + repeats, start + repeats * longest
         for size, index in shorter:
-            has = np.flatnonzero(length & size)
+            has = (length & size).nonzero()[0]
             self.put(where.take(has), index, start.take(has), size)
             where[has] += 1
             start[has] += size
@@ -294,12 +294,6 @@ def _count_packs(length: np.ndarray, packs: dict[int, int]) -> np.ndarray:
     """Return how many packs `pack` writes for each length; sizes are powers of two."""
     longest, *shorter = packs
     return length // longest + sum((length & size) != 0 for size in shorter)
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return start, start + 1, ... of each range, one after the other."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def _bytes_of(text: str) -> tuple[np.ndarray, np.ndarray | None]:

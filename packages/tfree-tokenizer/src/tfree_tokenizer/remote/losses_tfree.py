@@ -129,7 +129,7 @@ def composed_softmax_loss(
     log_inclusion: Tensor | None = None,
     row_weight: Tensor | None = None,
 ) -> Tensor:
-    """`dictionary_loss` from hidden states: scores are linear, so a word's score is hidden . (its head rows summed / m).
+    """`dictionary_loss` from hidden states: a word's score is linear, hidden . (its head rows summed / m).
 
     The target's own score always takes part; the candidate list supplies all others. A candidate that was drawn with
     probability q stands for 1/q words (its score grows by -log q), which keeps the expected partition sum exact.

@@ -24,7 +24,7 @@ from .embedding_tfree import StoredDictionary, TFreeEmbedding
 from .kernels_tfree import fused_linear_bce
 from .losses_tfree import composed_softmax_loss, multilabel_scale, sample_words
 from .saving_tfree import staged_folder
-from .spelling_tfree import WordsInIds, copy_logits, final_positions, word_positions
+from .spelling_tfree import WordsInIds, copy_logits, final_positions, word_positions, words_before
 
 
 class TFreePreTrainedModel(LlamaPreTrainedModel):
@@ -69,9 +69,7 @@ class TFreePreTrainedModel(LlamaPreTrainedModel):
         with staged_folder(save_directory) as staged:
             super().save_pretrained(staged, *args, **kwargs)
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-    ) -> nn.Embedding:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Shorten the dictionary to its first ids; the tables keep their size, which does not depend on it.
 
         Raises:
@@ -166,66 +164,77 @@ class TFreeModel(TFreePreTrainedModel, LlamaModel):
             inputs_embeds: [B, L, D] instead of `input_ids`.
             use_cache: whether to return a cache.
             context_ids: int64 [B, C >= L], all ids so far, when `input_ids` continues a cache and may hold the end of
-                a spelled word.
-            words: `context_ids` (or `input_ids`) already resolved.
+                a spelled word; `position_ids` then number words. Default: what the cache remembers.
+            words: all ids so far, already resolved.
 
         Raises:
-            ValueError: no id at all, or a 4-D mask that lets bytes inside a spelled word be seen.
+            ValueError: no id at all, packed documents that spell words while a cache is asked for, or a 4-D mask that
+                lets bytes inside a spelled word be seen.
         """
+        rest = {"past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
         if input_ids is None or inputs_embeds is not None:
-            return super().forward(
-                input_ids,
-                attention_mask,
-                position_ids,
-                inputs_embeds=inputs_embeds,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
+            return super().forward(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **rest)
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids must hold at least one id per row, got an empty sequence.")
+        context = whole_context(input_ids, past_key_values, context_ids)
         if words is None:
-            words = self.embed_tokens.find_words(input_ids if context_ids is None else context_ids)
-        embeds = self.embed_tokens.embed(words)[:, -input_ids.shape[1] :]
-        rest = {"past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+            words = self.embed_tokens.find_words(context)
+        embeds = self.embed_tokens(input_ids, words)  # called, not bypassed: adapters and sharding hook into modules
         if bool(words.is_final.all()):
-            return super().forward(None, attention_mask, position_ids, inputs_embeds=embeds, **rest)
-        if attention_mask is not None and attention_mask.ndim == 4:
-            _check_prepared_mask(attention_mask, words.is_final)
-            return super().forward(None, attention_mask, position_ids, inputs_embeds=embeds, **rest)
-        if self._may_compact(past_key_values, use_cache, kwargs):
-            return self._forward_compacted(embeds, words.is_final, attention_mask, position_ids, rest)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        attention_mask = _hide_inside(attention_mask, words.is_final, past + input_ids.shape[1])
-        if position_ids is None or (past == 0 and context_ids is None):
-            starts = None if position_ids is None else _document_starts(position_ids)
-            position_ids = word_positions(attention_mask.bool(), starts)[:, -input_ids.shape[1] :]
-        return super().forward(None, attention_mask, position_ids, inputs_embeds=embeds, **rest)
+            outputs = super().forward(None, attention_mask, position_ids, inputs_embeds=embeds, **rest)
+        else:
+            known_positions = position_ids if context_ids is not None else None
+            outputs = self._forward_spelled(embeds, words, attention_mask, position_ids, known_positions, rest)
+        cache = past_key_values if past_key_values is not None else getattr(outputs, "past_key_values", None)
+        if cache is not None:
+            cache.context_ids = context  # so that a plain loop of forward calls, too, sees whole words
+        return outputs
 
-    def _may_compact(self, past_key_values: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> bool:
-        uses_cache = self.config.use_cache if use_cache is None else use_cache
-        wants_layers = any(
-            kwargs.get(name, getattr(self.config, name, False)) for name in ("output_hidden_states", "output_attentions")
-        )
-        return not uses_cache and past_key_values is None and not wants_layers
-
-    def _forward_compacted(
+    def _forward_spelled(
         self,
         embeds: Tensor,
-        is_final: Tensor,
+        words: WordsInIds,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
+        known_positions: Tensor | None,
         rest: dict[str, Any],
     ) -> BaseModelOutputWithPast | tuple[Tensor, ...]:
+        """Run the body on ids of which some are inside words: hide those, and number words where ids were numbered."""
+        length, past = embeds.shape[1], _cache_length(rest["past_key_values"])
+        starts = None if position_ids is None or past else _document_starts(position_ids)
+        if attention_mask is not None and attention_mask.ndim == 4:
+            seen = _check_prepared_mask(attention_mask, words.is_final, past + length)
+            if known_positions is None and past == 0:
+                position_ids = word_positions(seen, starts)
+            return super().forward(None, attention_mask, position_ids, inputs_embeds=embeds, **rest)
+        attention_mask = _hide_inside(attention_mask, words.is_final, past + length)
+        is_kept = attention_mask.bool()
+        positions = word_positions(is_kept, starts)[:, -length:] if known_positions is None else known_positions
+        if self._may_compact(rest):
+            return self._forward_compacted(embeds, is_kept, positions, rest)
+        if known_positions is None and starts is not None and _joins_documents(is_kept, starts):
+            raise ValueError(
+                "position_ids restart, so the rows hold packed documents, and input_ids spell words in bytes: they are "
+                "then kept apart only with use_cache=False, output_attentions=False and output_hidden_states=False."
+            )
+        return super().forward(None, attention_mask, positions, inputs_embeds=embeds, **rest)
+
+    def _may_compact(self, rest: dict[str, Any]) -> bool:
+        uses_cache = self.config.use_cache if rest["use_cache"] is None else rest["use_cache"]
+        wants_layers = any(
+            rest.get(name, getattr(self.config, name, False)) for name in ("output_hidden_states", "output_attentions")
+        )
+        return not uses_cache and rest["past_key_values"] is None and not wants_layers
+
+    def _forward_compacted(
+        self, embeds: Tensor, kept: Tensor, position_ids: Tensor, rest: dict[str, Any]
+    ) -> BaseModelOutputWithPast | tuple[Tensor, ...]:
         """Run the body on the words alone: bytes inside spelled words are gathered away and filled in afterwards."""
-        kept = is_final if attention_mask is None else is_final & attention_mask.bool()
         order = torch.sort((~kept).to(torch.uint8), dim=1, stable=True).indices[:, : max(1, int(kept.sum(1).max()))]
-        starts = None if position_ids is None else _document_starts(position_ids)
-        positions = word_positions(kept, starts)
         outputs = super().forward(
             None,
             None,  # words come first and attention is causal, so what pads a row on the right is never seen
-            positions.gather(1, order),
+            position_ids.gather(1, order),
             inputs_embeds=embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2])),
             **rest,
         )
@@ -251,7 +260,7 @@ class ComposedHead(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """float [ids, D].
+        """Output vectors, float [ids, D].
 
         Raises:
             ValueError: the objective is "bce", whose word scores are not linear.
@@ -268,7 +277,7 @@ class ComposedHead(nn.Linear):
 
     @property
     def bias(self) -> Tensor:  # type: ignore[override]
-        """float [ids]: 0 for words, -log 512 for byte ids."""
+        """Float [ids]: 0 for words, -log 512 for byte ids."""
         is_word = self._model.is_word_id()
         return torch.where(is_word, 0.0, -torch.tensor(float(NUM_BYTE_IDS)).log().item()).to(self._model.dtype)
 
@@ -276,7 +285,7 @@ class ComposedHead(nn.Linear):
 class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
     """T-FREE language model: next-word logits over the ids of its tokenizer."""
 
-    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  transformers reads this class attribute
+    _tied_weights_keys: dict[str, str] = {}
 
     def __init__(self, config: TFreeConfig) -> None:
         super().__init__(config)
@@ -305,10 +314,12 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         return self.lm_head(torch.eye(size, dtype=dtype, device=self.device)).T
 
     def is_word_id(self) -> Tensor:
-        """bool [ids]: False for the byte ids, which are no words by themselves."""
+        """Tell words from byte ids, which are no words by themselves: bool [ids]."""
         ids = torch.arange(self.config.vocab_size, device=self.device)
         first = self.config.first_byte_id
-        return torch.ones_like(ids, dtype=torch.bool) if first is None else (ids < first) | (ids >= first + NUM_BYTE_IDS)
+        return (
+            torch.ones_like(ids, dtype=torch.bool) if first is None else (ids < first) | (ids >= first + NUM_BYTE_IDS)
+        )
 
     @can_return_tuple
     def forward(
@@ -343,9 +354,10 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         Returns:
             `loss` (nats for "dictionary_ce") and `logits` float32 [B, K, ids], scores divided by the temperature.
         """
-        words = None
+        context = words = None
         if input_ids is not None and inputs_embeds is None and input_ids.shape[-1]:
-            words = self.model.embed_tokens.find_words(input_ids if context_ids is None else context_ids)
+            context = whole_context(input_ids, past_key_values, context_ids)
+            words = self.model.embed_tokens.find_words(context)
         if labels is not None and use_cache is None:
             use_cache = False
         outputs = self.model(
@@ -362,13 +374,16 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = hash_logits = None
         if labels is not None:
-            loss = self._loss(hidden, input_ids, words, labels, loss_weights, num_items_in_batch)
+            has_context = _has_context(hidden, words, attention_mask, position_ids)
+            loss = self._loss(hidden, input_ids, words, labels, has_context, loss_weights, num_items_in_batch)
         if labels is None or output_word_logits or output_hash_logits:
-            kept = hidden[:, slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+            kept = hidden[
+                :, slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            ]
             hash_logits = self.lm_head(kept)
             if labels is None or output_word_logits:
                 is_tail = isinstance(logits_to_keep, int)
-                logits = self.word_logits(hash_logits, words if is_tail else None, input_ids, context_ids)
+                logits = self.word_logits(hash_logits, words if is_tail else None, context)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -384,12 +399,11 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         self,
         hash_logits: Tensor,
         words: WordsInIds | None = None,
-        input_ids: Tensor | None = None,
         context_ids: Tensor | None = None,
     ) -> Tensor:
         """Turn row logits [B, K, v] into scores of all ids [B, K, ids].
 
-        With the resolved `words` of the context, the words that it spells are offered byte by byte.
+        With `context_ids` [B, C >= K] and their resolved `words`, the words that they spell are offered byte by byte.
         """
         B, K, v = hash_logits.shape
         flat = hash_logits.reshape(B * K, v)
@@ -402,8 +416,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         numbers = words.numbers[words.numbers >= self.config.vocab_size][:-1]  # the last one is the empty word
         spelled = words.dictionary.select(torch.searchsorted(words.numbers, numbers))
         spelled_scores = dictionary_scores(flat, spelled, **settings).view(B, K, -1)
-        context = input_ids if context_ids is None else context_ids
-        return copy_logits(logits, spelled_scores, words, context, self.config.first_byte_id, floor)
+        return copy_logits(logits, spelled_scores, words, context_ids, self.config.first_byte_id, floor)
 
     def decode_settings(self) -> dict[str, Any]:
         """The arguments of `dictionary_scores` that the configuration fixes."""
@@ -421,6 +434,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         input_ids: Tensor | None,
         words: WordsInIds | None,
         labels: Tensor,
+        has_context: Tensor,
         loss_weights: Tensor | None,
         num_items_in_batch: float | Tensor | None,
     ) -> Tensor:
@@ -431,8 +445,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         target_ids = labels if input_ids is None else torch.where(labels == -100, input_ids, labels)
         if words is None or not torch.equal(target_ids, input_ids):
             words = self.model.embed_tokens.find_words(target_ids.clamp(min=0) if input_ids is None else target_ids)
-        empty = words.numbers.shape[0] - 1
-        counted = words.is_final[:, 1:] & (labels[:, 1:] != -100) & (words.word[:, :-1] != empty)
+        counted = (words.is_final & (labels != -100) & has_context)[:, 1:]
         states, targets = hidden[:, :-1][counted], words.word[:, 1:][counted]  # [N, D], [N]
         weight = states.new_ones(targets.shape, dtype=torch.float32)
         if loss_weights is not None:
@@ -528,7 +541,9 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
             inputs["context_ids"] = context
         return inputs
 
-    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any) -> Any:
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
+    ) -> Any:
         """Let every chunk of a chunked prefill see the ids before it, in case it begins inside a spelled word."""
         if getattr(generation_config, "prefill_chunk_size", None) is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
@@ -646,11 +661,42 @@ class TFreeForSequenceClassification(GenericForSequenceClassification, TFreePreT
         self.post_init()
 
 
+def _has_context(
+    hidden: Tensor, words: WordsInIds | None, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> Tensor:
+    """Mark the ids with a visible word of their document before them, to be predicted from: bool [B, L]."""
+    visible = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if words is not None:
+        visible = words.is_final[:, -hidden.shape[1] :]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        visible = visible & attention_mask[:, -hidden.shape[1] :].bool()
+    return words_before(visible, None if position_ids is None else _document_starts(position_ids)) > 0
+
+
+def whole_context(input_ids: Tensor, past_key_values: Any, context_ids: Tensor | None) -> Tensor:
+    """All ids so far: `context_ids`, or what a cache that this model filled remembers, and `input_ids`."""
+    if context_ids is not None:
+        return context_ids
+    past, seen = _cache_length(past_key_values), getattr(past_key_values, "context_ids", None)
+    if not past or seen is None or seen.shape[0] != input_ids.shape[0] or seen.shape[1] < past:
+        return input_ids
+    return torch.cat([seen[:, :past], input_ids], 1)
+
+
+def _cache_length(past_key_values: Any) -> int:
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
 def _document_starts(position_ids: Tensor) -> Tensor:
-    """bool [B, L]: where positions fall back, a packed document begins."""
+    """Mark the positions that do not rise, where a packed document begins: bool [B, L]."""
     starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids[:, 1:] < position_ids[:, :-1]
+    starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
     return starts
+
+
+def _joins_documents(is_counted: Tensor, starts: Tensor) -> bool:
+    """Whether a row holds counted words on both sides of a start."""
+    return bool((is_counted & (words_before(is_counted) > words_before(is_counted, starts))).any())
 
 
 def _hide_inside(attention_mask: Tensor | None, is_final: Tensor, length: int) -> Tensor:
@@ -663,16 +709,19 @@ def _hide_inside(attention_mask: Tensor | None, is_final: Tensor, length: int) -
     return hidden
 
 
-def _check_prepared_mask(attention_mask: Tensor, is_final: Tensor) -> None:
-    columns = min(is_final.shape[1], attention_mask.shape[-1])
-    seen = attention_mask[..., :columns]
-    if seen.dtype != torch.bool:
-        seen = seen > torch.finfo(seen.dtype).min / 2
-    if bool((seen & ~is_final[:, None, None, :columns]).any()):
+def _check_prepared_mask(attention_mask: Tensor, is_final: Tensor, length: int) -> Tensor:
+    """Refuse a 4-D mask that shows bytes inside words; return which of the ids are visible to themselves: bool [B, L]."""
+    visible = attention_mask
+    if visible.dtype != torch.bool:
+        visible = visible > torch.finfo(visible.dtype).min / 2
+    columns = visible[..., length - is_final.shape[1] : length]
+    if bool((columns & ~is_final[:, None, None]).any()):
         raise ValueError(
             "attention_mask (4-D) must hide the bytes inside spelled words; pass a 2-D mask, or build the 4-D one from "
             "a mask that is 0 there."
         )
+    rows = visible.shape[-2]
+    return visible[:, 0, :, length - rows : length].diagonal(dim1=1, dim2=2)
 
 
 def _sum_over_spelled(per_id: Tensor, is_final: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ class HashSpec:
                 f"got {self.hash_vocab_size} and {self.num_hashes}."
             )
         if not 0 <= self.num_lowercase <= self.num_hashes:
-            raise ValueError(f"num_lowercase must lie in [0, {self.num_hashes}] (num_hashes), got {self.num_lowercase}.")
+            raise ValueError(
+                f"num_lowercase must lie in [0, {self.num_hashes}] (num_hashes), got {self.num_lowercase}."
+            )
         if not 0 <= self.hash_seed < 2**32:
             raise ValueError(f"hash_seed must lie in [0, 2**32), got {self.hash_seed}.")
         if self.hash_scheme == "md5" and self.hash_seed:

@@ -99,11 +99,15 @@ def word_positions(is_counted: Tensor, starts: Tensor | None = None) -> Tensor:
         is_counted: bool [B, L], positions that end a word and are attended to.
         starts: bool [B, L], positions where a packed document begins and numbering restarts.
     """
-    count = is_counted.long().cumsum(1)
+    return (words_before(is_counted, starts) + is_counted.long() - 1).clamp(min=0)
+
+
+def words_before(is_counted: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Count the words of its document before each position: int64 [B, L]; arguments as for `word_positions`."""
+    count = is_counted.long().cumsum(1) - is_counted.long()
     if starts is not None:
-        before = (count - is_counted.long()) * starts
-        count = count - before.cummax(1).values
-    return (count - 1).clamp(min=0)
+        count = count - (count * starts).cummax(1).values
+    return count
 
 
 def copy_logits(
@@ -112,8 +116,8 @@ def copy_logits(
     """Spread the scores of the context's spelled words over the ids of their bytes, in place.
 
     The next id is a word of the dictionary or the first byte of a candidate, whose logit is the logsumexp of the scores
-    of the candidates that begin with it. Inside a spelled word only bytes that continue a candidate are possible. By the
-    chain rule the product over a word's bytes is its softmax weight.
+    of the candidates that begin with it. Inside a spelled word only bytes that continue a candidate are possible. By
+    the chain rule the product over a word's bytes is its softmax weight.
 
     Args:
         logits: float [B, K, ids], the last K positions of the context; dictionary words filled in, byte ids at `floor`.
@@ -231,4 +235,6 @@ def _check_ids(input_ids: Tensor, num_ids: int) -> None:
     if input_ids.numel():
         low, high = (int(bound) for bound in torch.aminmax(input_ids))
         if low < 0 or high >= num_ids:
-            raise IndexError(f"input_ids must lie in [0, {num_ids}) (the tokenizer's ids), got values from {low} to {high}.")
+            raise IndexError(
+                f"input_ids must lie in [0, {num_ids}) (the tokenizer's ids), got values from {low} to {high}."
+            )

@@ -12,26 +12,55 @@ import numpy as np
 LANE = 8
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _FOLD = np.uint64(0xD6E8FEB86659FD93)
+_LANE_MIX = np.uint64(0xBF58476D1CE4E5B9)
 _HALF = np.uint64(32)
+_WINDOW = np.arange(4)  # neighboring slots looked at together: nearly every word is found, or missed, in one round
 
 
-class LaneReader:
-    """Bytes that can be read eight at a time from any offset."""
+class Keys:
+    """Byte strings, given as places in a larger piece of bytes, in the form in which they are compared."""
 
-    def __init__(self, data: np.ndarray) -> None:
-        """Keep a copy of `data`, uint8 `[n]`, with room to read past its end."""
+    def __init__(self, data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+        """Read the strings.
+
+        Args:
+            data: uint8 `[n]`.
+            starts: int64 `[K]`, offsets into `data`.
+            lengths: int64 `[K]`, in bytes, at least 1.
+        """
         padded = np.zeros((len(data) // LANE + 2) * LANE, dtype=np.uint8)
         padded[: len(data)] = data
-        self._lanes = padded.view("<u8")
+        lanes = padded.view("<u8")
+        self.lengths = lengths
+        self.num_more = (lengths - 1) >> 3
+        """int64 [K], lanes of each string after the first."""
+        self.more_end = self.num_more.cumsum()
+        """int64 [K], where the further lanes of each string end in `more`."""
+        long = self.num_more.nonzero()[0]
+        offsets = LANE + LANE * ranges(np.zeros_like(long), self.num_more.take(long))
+        number = self.num_more.take(long)
+        self.more = _read(lanes, starts.take(long).repeat(number) + offsets, lengths.take(long).repeat(number) - offsets)
+        """uint64 [sum(num_more)]."""
+        self.hashes = _read(lanes, starts, lengths) * _MIX
+        """uint64 [K]. Two strings of at most one lane never share a hash: every step is a bijection of the lane."""
+        if len(long):
+            mixed = (self.more ^ (self.more >> _HALF)) * (_LANE_MIX * (offsets.astype(np.uint64) | np.uint64(1)))
+            self.hashes[long] += np.add.reduceat(mixed ^ (mixed >> _HALF), self.more_end.take(long) - number)
+        self.hashes ^= self.hashes >> _HALF
+        self.hashes *= _FOLD
 
-    def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return the first up to eight bytes from each start as uint64, zeros beyond `lengths` (at least 1)."""
-        lane = starts >> 3
-        shift = ((starts & 7) << 3).astype(np.uint64)
-        value = self._lanes.take(lane) >> shift
-        value |= self._lanes.take(lane + 1) << (np.uint64(64) - shift)  # a shift by 64 gives 0 in numpy
-        unused = np.maximum(LANE - lengths, 0).astype(np.uint64) << np.uint64(3)
-        return (value << unused) >> unused
+    def equal(self, rows: np.ndarray, other: "Keys", other_rows: np.ndarray) -> np.ndarray:
+        """Compare strings that have equal hashes, byte by byte: bool `[len(rows)]`."""
+        number = self.num_more.take(rows)
+        same = other.lengths.take(other_rows) == self.lengths.take(rows)
+        long = (same & (number > 0)).nonzero()[0]
+        if len(long):
+            number, rows, other_rows = number.take(long), rows.take(long), other_rows.take(long)
+            ours = self.more.take(ranges(self.more_end.take(rows) - number, number))
+            theirs = other.more.take(ranges(other.more_end.take(other_rows) - number, number))
+            differs = np.logical_or.reduceat(ours != theirs, number.cumsum() - number)
+            same[long[differs]] = False
+        return same
 
 
 class WordTable:
@@ -42,102 +71,72 @@ class WordTable:
     """
 
     def __init__(self, words: Sequence[str]) -> None:
-        data, self._starts, self._lengths = _bytes_of(words)
-        self._reader = LaneReader(data)
-        self._longest = int(self._lengths.max(initial=0))
-        hashes = _hashes(self._reader, self._starts, self._lengths)
-        # At most a quarter full: three of four unknown words meet an empty slot at once.
+        self._keys = Keys(*_places(words))
+        # At most a quarter full, so that runs of used slots are short.
         bits = max(4, (4 * len(words) - 1).bit_length())
-        self._shift = np.uint64(64 - bits)
-        self._mask = (1 << bits) - 1
-        self._words, self._slot_hashes = self._fill(hashes)
-
-    def _fill(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Place all words at once; where several want a slot, the first (the most frequent) gets it."""
-        words = np.full(self._mask + 1, -1, dtype=np.int32)  # word of each slot
-        waiting = np.arange(len(hashes), dtype=np.int32)
-        slots = (hashes >> self._shift).astype(np.int64)
+        self._shift, self._mask = np.uint64(64 - bits), (1 << bits) - 1
+        self._words = np.full(self._mask + 1, -1, dtype=np.int32)
+        self._hashes = np.zeros(self._mask + 1, dtype=np.uint64)
+        waiting = np.arange(len(words), dtype=np.int32)
+        slots = self._first_slots(self._keys.hashes)
         while len(waiting):
-            free = words.take(slots) < 0
-            # Assigned in reverse, the earliest of several writers of a slot is the one that remains.
-            words[slots[free][::-1]] = waiting[free][::-1]
-            lost = np.flatnonzero(words.take(slots) != waiting)
-            waiting, slots = waiting[lost], (slots[lost] + 1) & self._mask
-        slot_hashes = np.zeros(len(words), dtype=np.uint64)
-        used = np.flatnonzero(words >= 0)
-        slot_hashes[used] = hashes[words[used]]
-        return words, slot_hashes
+            free = (self._words.take(slots) < 0).nonzero()[0]
+            # Of several words that want a slot, the one written last remains: the earliest, so the most frequent.
+            self._words[slots[free][::-1]] = waiting[free][::-1]
+            lost = (self._words.take(slots) != waiting).nonzero()[0]
+            waiting, slots = waiting.take(lost), (slots.take(lost) + 1) & self._mask
+        used = (self._words >= 0).nonzero()[0]
+        self._hashes[used] = self._keys.hashes.take(self._words.take(used))
 
-    def find(self, reader: LaneReader, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return the word at each place, int32 `[n]`, -1 where the dictionary does not hold it.
-
-        Args:
-            reader: the text's bytes.
-            starts: int64 `[n]`, byte offsets.
-            lengths: int64 `[n]`, in bytes, at least 1.
-        """
-        found = np.full(len(starts), -1, dtype=np.int32)
-        rows = np.flatnonzero(lengths <= self._longest)
-        starts, lengths = starts.take(rows), lengths.take(rows)
-        hashes = _hashes(reader, starts, lengths)
-        slots = (hashes >> self._shift).astype(np.int64)
-        while len(rows):
-            candidates = self._words.take(slots)
-            same = self._slot_hashes.take(slots) == hashes
-            same &= self._equal(candidates, reader, starts, lengths)
-            found[rows] = np.where(same, candidates, -1)
-            # An empty slot ends the search, another word in the slot does not.
-            on = np.flatnonzero(~same & (candidates >= 0))
-            rows, starts, lengths, hashes = (x.take(on) for x in (rows, starts, lengths, hashes))
-            slots = (slots.take(on) + 1) & self._mask
+    def find(self, keys: Keys) -> np.ndarray:
+        """Return the word that each key is, int32 `[K]`, -1 where the dictionary does not hold it."""
+        found = np.full(len(keys.hashes), -1, dtype=np.int32)
+        rows, hashes, slots = None, keys.hashes, self._first_slots(keys.hashes)
+        while len(slots):
+            window = (slots[:, None] + _WINDOW) & self._mask  # [rows, 4]
+            words = self._words.take(window)
+            proposed = (self._hashes.take(window) == hashes[:, None]) & (words >= 0)
+            hit, column = proposed.nonzero()
+            candidates = words[hit, column]
+            hit_rows = hit if rows is None else rows.take(hit)
+            right = keys.equal(hit_rows, self._keys, candidates).nonzero()[0]
+            found[hit_rows.take(right)] = candidates.take(right)
+            # An empty slot ends the search. Right or not, a proposal leaves the rest of the window to be looked at.
+            full = words.min(axis=1) >= 0
+            full[hit.take(right)] = False
+            on = full.nonzero()[0]
+            rows = on if rows is None else rows.take(on)
+            hashes, slots = hashes.take(on), (slots.take(on) + len(_WINDOW)) & self._mask
         return found
 
-    def _equal(
-        self, candidates: np.ndarray, reader: LaneReader, starts: np.ndarray, lengths: np.ndarray
-    ) -> np.ndarray:
-        """Compare lengths, and bytes where equal hashes and lengths do not already prove them equal: bool `[n]`.
-
-        Up to one lane, the hash is a bijection of the bytes.
-        """
-        same = self._lengths.take(candidates) == lengths
-        rows = np.flatnonzero(same & (lengths > LANE) & (candidates >= 0))
-        offset = 0
-        while len(rows):
-            left = lengths.take(rows) - offset
-            word = candidates.take(rows)
-            theirs = self._reader.read(self._starts.take(word) + offset, left)
-            differs = theirs != reader.read(starts.take(rows) + offset, left)
-            same[rows[differs]] = False
-            rows = rows[~differs & (left > LANE)]
-            offset += LANE
-        return same
+    def _first_slots(self, hashes: np.ndarray) -> np.ndarray:
+        return (hashes >> self._shift).astype(np.int64)
 
 
-def _hashes(reader: LaneReader, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Hash the bytes at each place: uint64 `[n]`. Two byte strings of at most one lane never share a hash."""
-    hashes = reader.read(starts, lengths) * _MIX
-    rows = np.flatnonzero(lengths > LANE)
-    offset = LANE
-    while len(rows):
-        left = lengths.take(rows) - offset
-        partial = hashes.take(rows)
-        partial ^= partial >> _HALF
-        hashes[rows] = (partial * _FOLD + reader.read(starts.take(rows) + offset, left)) * _MIX
-        rows = rows.take(np.flatnonzero(left > LANE))
-        offset += LANE
-    hashes ^= hashes >> _HALF
-    hashes *= _FOLD
-    return hashes
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return start, start + 1, ... of each range, one after the other."""
+    ends = lengths.cumsum()
+    return (starts - ends + lengths).repeat(lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def utf8_starts(data: np.ndarray) -> np.ndarray:
     """Return the offset of the first byte of every character of UTF-8 `data`, int64 `[characters]`."""
-    return np.flatnonzero((data & 0xC0) != 0x80)
+    return ((data & 0xC0) != 0x80).nonzero()[0]
 
 
-def _bytes_of(words: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read(lanes: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the first up to eight bytes from each start as uint64, zeros beyond `lengths` (at least 1)."""
+    lane = starts >> 3
+    shift = ((starts & 7) << 3).astype(np.uint64)
+    value = lanes.take(lane) >> shift
+    value |= lanes.take(lane + 1) << (np.uint64(64) - shift)  # a shift by 64 gives 0 in numpy
+    unused = np.maximum(LANE - lengths, 0).astype(np.uint64) << np.uint64(3)
+    return (value << unused) >> unused
+
+
+def _places(words: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the UTF-8 bytes of all words in one piece, the start of each word, and its length."""
     data = np.frombuffer("".join(words).encode("utf-8", "surrogatepass"), dtype=np.uint8)
     ends = np.cumsum(np.fromiter(map(len, words), dtype=np.int64, count=len(words)))
     edges = np.append(utf8_starts(data), len(data)).take(np.append(0, ends))
-    return data, edges[:-1], np.diff(edges).astype(np.int32)
+    return data, edges[:-1], np.diff(edges)

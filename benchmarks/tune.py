@@ -1,0 +1,124 @@
+"""Tries launch settings of the Triton kernels on a GPU and prints the winners as rows of their `CONFIGS` tables.
+
+`python -m benchmarks.tune [--only OP] [--out FILE]`. The tables in `shared_kernels/<op>/kernel.py` are literals, so
+that no user waits for tuning; this regenerates them for a new kind of device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.cases.tfree.inputs import dictionary_inputs, random_tensor, text_inputs
+from benchmarks.clocks import Call, seconds
+from benchmarks.harness import Options
+from benchmarks.machine import processor, versions
+from benchmarks.report import duration
+from shared_kernels import csr_gather_sum, decode_scores, fused_linear_bce, hash_embedding_bag
+
+MOST_COLUMNS = 4096  # what an open-ended row of a table is tuned at
+MOST_WARPS = 8
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 4096
+OPTIONS = Options(device="cuda")
+
+
+def _gather(columns: int) -> Call:
+    _, flat = text_inputs(8192, 8000, 8, OPTIONS)
+    indptr = torch.cat([flat.offsets, flat.offsets.new_tensor([flat.rows.numel()])]).int()
+    table = random_tensor(8000, min(columns, MOST_COLUMNS), dtype="bfloat16", device="cuda")
+    return lambda: csr_gather_sum(indptr, flat.rows.int(), table)
+
+
+def _embed(columns: int) -> Call:
+    words, _ = text_inputs(8192, 8000, 8, OPTIONS)
+    table = random_tensor(8000, min(columns, MOST_COLUMNS), dtype="bfloat16", device="cuda")
+    return lambda: hash_embedding_bag(words.word_ptr, words.word_units, words.unit_rows, table)
+
+
+def _loss(columns: int) -> Call:
+    V = min(columns, 8000)
+    words, _ = text_inputs(8192, V, 8, OPTIONS)
+    pointer, rows = words.active_rows()
+    x = random_tensor(8192, 1024, dtype="bfloat16", device="cuda").requires_grad_()
+    head = random_tensor(V, 1024, dtype="bfloat16", device="cuda", scale=0.03).requires_grad_()
+    return lambda: fused_linear_bce(x, head, pointer, rows, pos_weight=300.0, row_weight=None, scale=1.0)
+
+
+def _scores(batch: int) -> Call:
+    dictionary, _ = dictionary_inputs(200_000, 8000, 10, "cuda")
+    z = random_tensor(min(batch, 8), 8000, dtype="float32", device="cuda")
+    return lambda: decode_scores(z, *dictionary.tensors(), mode="contrast")
+
+
+WORKLOADS: dict[str, Callable[[int], Call]] = {
+    "csr_gather_sum": _gather,
+    "hash_embedding_bag": _embed,
+    "fused_linear_bce": _loss,
+    "decode_scores": _scores,
+}
+
+
+def candidates(config: Any) -> Iterator[Any]:
+    """The row as it is, and with one block size or the warps halved or doubled; its limit, the first field, stays."""
+    yield config
+    for name in config._fields[1:]:
+        smallest, largest = (1, MOST_WARPS) if name == "num_warps" else (SMALLEST_BLOCK, LARGEST_BLOCK)
+        for value in (getattr(config, name) // 2, getattr(config, name) * 2):
+            if smallest <= value <= largest:
+                yield config._replace(**{name: value})
+
+
+def tune_row(kernel: ModuleType, index: int, call: Call) -> list[tuple[float, Any]]:
+    """Seconds of every candidate for row `index` of the kernel's table, fastest first; one that fails is left out."""
+    table = kernel.CONFIGS
+    timed = []
+    try:
+        for config in candidates(table[index]):
+            kernel.CONFIGS = (*table[:index], config, *table[index + 1 :])
+            try:
+                call()  # compiles
+                timed.append((seconds(call, setup=None, clock="device", device="cuda", at_least=0.05), config))
+            except Exception as error:  # noqa: BLE001  too much shared memory, for example
+                print(f"  {config}: {type(error).__name__}: {str(error)[:80]}")
+    finally:
+        kernel.CONFIGS = table
+    return sorted(timed, key=lambda pair: pair[0])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Tune the chosen operators and print rows to paste; says so and ends where there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description="Launch settings of the kernels.")
+    parser.add_argument("--only", action="append", choices=sorted(WORKLOADS), metavar="OP")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write all timings as JSON")
+    chosen = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no GPU: nothing was tuned")
+        return 0
+    found: dict[str, Any] = {"processor": processor("cuda"), "versions": versions(), "rows": []}
+    for op in chosen.only or WORKLOADS:
+        kernel = import_module(f"shared_kernels.{op}.kernel")
+        print(f"shared_kernels/{op}/kernel.py")
+        for index, row in enumerate(kernel.CONFIGS):
+            timed = tune_row(kernel, index, WORKLOADS[op](row[0]))
+            if not timed:
+                continue
+            old = [duration(time) for time, config in timed if config == row]
+            print(f"    {timed[0][1]},  # {duration(timed[0][0])}, was {old}", flush=True)
+            timings = [{"seconds": time, **config._asdict()} for time, config in timed]
+            found["rows"].append({"op": op, "row": index, "timings": timings})
+    if chosen.out is not None:
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
