@@ -29,7 +29,7 @@ venv:  ## create the environment (a no-op when it is up to date)
 	fi
 
 demo: venv  ## every package does its visible thing with the miniatures; writes out/index.html
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 # TRITON_INTERPRET binds when a kernel is decorated, so the interpreter tests get a run of their own.
 test: venv  ## the fast tests
@@ -69,4 +69,4 @@ bench: venv  ## benchmarks on this machine
 	$(BIN)/python -m benchmarks
 
 miniatures: venv  ## retrain the small models
-	for script in miniatures/*/train.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python -m miniatures.tfree.train --steps 3000 --sampled-words 4096 --out miniatures/tfree/checkpoint

@@ -56,8 +56,8 @@ def tfree_section(out: Path) -> Section:
 def _show_continuations(section: Section, tokenizer: Any, model: Any) -> None:
     torch.manual_seed(0)
     for language, prompt in PROMPTS.items():
-        print(f"\n[{language}] {prompt}", end="", flush=True)
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        print(f"\n[{language}] ", end="", flush=True)
+        streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
         inputs = tokenizer(prompt, return_tensors="pt")
         settings = {"max_new_tokens": 40, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
         writer = Thread(target=model.generate, kwargs={**inputs, **settings, "streamer": streamer})
@@ -67,7 +67,7 @@ def _show_continuations(section: Section, tokenizer: Any, model: Any) -> None:
             print(piece, end="", flush=True)
             written += piece
         writer.join()
-        section.continuation(prompt, written)
+        section.continuation(prompt, written.removeprefix(prompt))
     print()
 
 
@@ -115,27 +115,32 @@ def _pattern_figure(active: dict[str, frozenset[int]], spec: HashSpec) -> Figure
 
 def _show_fertility(section: Section, tokenizer: Any, out: Path) -> None:
     baseline = PreTrainedTokenizerFast.from_pretrained(MINIATURE / "bpe_baseline")
-    per_word = {
-        name: [len(each.encode(text, add_special_tokens=False)) / len(text.split()) for text in SAMPLES.values()]
-        for name, each in (("T-FREE", tokenizer), (f"BPE {len(baseline):,}", baseline))
+    counts = {
+        "T-FREE positions": lambda text: len(split_words(text, tokenizer.ruleset)),
+        "T-FREE ids": lambda text: len(tokenizer.encode(text)),
+        f"BPE {len(baseline):,}": lambda text: len(baseline.encode(text, add_special_tokens=False)),
     }
+    per_word = {name: [count(text) / len(text.split()) for text in SAMPLES.values()] for name, count in counts.items()}
     rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in per_word.items()]
-    section.text("Tokens per white-space word of the same paragraph; the BPE was trained on the same text as T-FREE:")
+    section.text(
+        "Tokens per white-space word of the same paragraph; the BPE was trained on the same text as T-FREE. Words that "
+        "the dictionary lacks take one id per byte, but one position of the model:"
+    )
     section.table(["", *SAMPLES], rows)
     for row in rows:
-        print("  " + "  ".join(f"{cell:>11}" if i == 0 else f"{cell:>6}" for i, cell in enumerate(row)))
+        print("  " + "  ".join(f"{cell:>16}" if i == 0 else f"{cell:>6}" for i, cell in enumerate(row)))
     section.figure(_bars(per_word), out / "tfree-tokens-per-word.png", "Tokens per word, T-FREE against BPE")
 
 
 def _bars(per_word: dict[str, list[float]]) -> Figure:
     figure, axes = plt.subplots(figsize=(6, 2.6))
-    position, width = np.arange(len(SAMPLES)), 0.38
-    for i, ((name, values), color) in enumerate(zip(per_word.items(), ("#4c78a8", "#bbbbbb"), strict=True)):
-        bars = axes.bar(position + (i - 0.5) * width, values, width, label=name, color=color)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+    position, width = np.arange(len(SAMPLES)), 0.27
+    for i, ((name, values), color) in enumerate(zip(per_word.items(), ("#4c78a8", "#a0cbe8", "#bbbbbb"), strict=True)):
+        bars = axes.bar(position + (i - 1) * width, values, width, label=name, color=color)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6)
     axes.set_xticks(position, list(SAMPLES))
     axes.set_ylabel("tokens per word")
-    axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure

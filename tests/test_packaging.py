@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.tree import DISTRIBUTIONS, ROOT, Distribution
 
+pytest.importorskip("hatchling")
+
 by_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda each: each.name)
 
 

@@ -21,9 +21,7 @@ ORDERS = [
     pytest.param("import tfree_tokenizer; from transformers import pipeline", marks=pytest.mark.slow),
     pytest.param("import tfree_tokenizer, peft", marks=pytest.mark.slow),
     pytest.param("from tfree_tokenizer import TFreeTokenizer", marks=pytest.mark.slow),
-    pytest.param(
-        "import tfree_tokenizer; tfree_tokenizer.register(); tfree_tokenizer.register()", marks=pytest.mark.slow
-    ),
+    pytest.param("from tfree_tokenizer import register; register(); register()", marks=pytest.mark.slow),
 ]
 
 

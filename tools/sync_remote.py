@@ -1,4 +1,5 @@
-"""Write, or check, the copies of shared-kernels sources that travel to the Hub with a package's remote code.
+"""Write, or check, files that are copies: shared-kernels sources in a package's remote code, and that code beside the
+checkpoints of the miniatures.
 
 python tools/sync_remote.py            write every copy
 python tools/sync_remote.py --check    exit with 1, and print the difference, if one has drifted
@@ -29,9 +30,12 @@ VENDORED = (
     Vendoring(
         folder="packages/tfree-tokenizer/src/tfree_tokenizer/remote",
         slug="tfree",
-        operators=("csr_gather_sum", "decode_scores", "fused_linear_bce", "hash_embedding_bag", "mix32_rows"),
+        operators=("csr_gather_sum", "decode_scores", "fused_linear_bce", "hash_embedding_bag"),
     ),
 )
+
+CHECKPOINTS = {"miniatures/tfree/checkpoint": "packages/tfree-tokenizer/src/tfree_tokenizer/remote"}
+"""Folders that `save_pretrained` wrote, and where the code in them comes from."""
 
 
 def copies(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
@@ -43,12 +47,25 @@ def copies(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
             yield Path(each.folder) / f"ops_{each.slug}_{operator}.py", HEADER.format(source=source.as_posix()) + text
 
 
+def checkpoint_code(root: Path = ROOT) -> Iterator[tuple[Path, str | None]]:
+    """Each code file beside a checkpoint and the text it must hold; None for one that must go."""
+    vendored = dict(copies(root))
+    for checkpoint, remote in CHECKPOINTS.items():
+        sources = {path.name: path for path in (root / remote).glob("*.py") if path.name != "__init__.py"}
+        for name, source in sorted(sources.items()):
+            text = vendored.get(Path(remote) / name)
+            yield Path(checkpoint) / name, source.read_text(encoding="utf-8") if text is None else text
+        for path in sorted((root / checkpoint).glob("*.py")):
+            if path.name not in sources:
+                yield Path(checkpoint) / path.name, None
+
+
 def drift(root: Path = ROOT) -> str:
     """The difference between what is there and what must be there, as a patch; empty when nothing has drifted."""
     patches = []
-    for path, wanted in copies(root):
+    for path, wanted in (*copies(root), *checkpoint_code(root)):
         present = (root / path).read_text(encoding="utf-8") if (root / path).is_file() else ""
-        lines = present.splitlines(keepends=True), wanted.splitlines(keepends=True)
+        lines = present.splitlines(keepends=True), (wanted or "").splitlines(keepends=True)
         patches.extend(difflib.unified_diff(*lines, fromfile=f"a/{path}", tofile=f"b/{path}"))
     return "".join(patches)
 
@@ -60,9 +77,12 @@ def main() -> int:
         patch = drift()
         print(patch or "every copy is up to date", end="" if patch else "\n")
         return 1 if patch else 0
-    for path, text in copies():
-        (ROOT / path).write_text(text, encoding="utf-8")
-        print(f"wrote {path}")
+    for path, text in (*copies(), *checkpoint_code()):
+        if text is None:
+            (ROOT / path).unlink()
+        else:
+            (ROOT / path).write_text(text, encoding="utf-8")
+        print(f"{'removed' if text is None else 'wrote'} {path}")
     return 0
 
 

@@ -37,7 +37,7 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
 
 
 def hf(*arguments: str) -> str:
-    command = [str(Path(sys.executable).with_name("hf")), *arguments]
+    command = [sys.executable, "-m", "huggingface_hub.cli.hf", *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 from huggingface_hub import HfApi
-from kernels import get_kernel
 
 from tests.hub.server import LoopbackHub
 from tests.support.tree import ROOT
+
+get_kernel = pytest.importorskip("kernels").get_kernel
 
 REPOSITORY = "user/shared-kernels"
 

@@ -1,7 +1,7 @@
 """Code blocks of Markdown pages, run as a reader would run them: from top to bottom, in one session per page.
 
 `python` blocks are executed; those written as `>>>` sessions must print what they show. In `console` blocks the lines
-that start with `$ python` or `$ tfree` are executed. A block after the comment `<!-- not run: reason -->` is left out.
+that start with `python` or `tfree`, after `$ ` or not, are executed. A block after the comment `<!-- not run: reason -->` is left out.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def _run_commands(snippet: Snippet) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for line in snippet.code.splitlines():
         command = line.removeprefix("$ ")
-        if command != line and command.startswith(RUN):
+        if command.startswith(RUN):
             done = subprocess.run(command, shell=True, check=False, capture_output=True, text=True, env=environment)
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 

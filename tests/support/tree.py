@@ -40,7 +40,10 @@ IMPORT_NAMES = frozenset(each.import_name for each in DISTRIBUTIONS)
 
 
 def repository_files() -> list[Path]:
-    """Every file that is, or is about to be, under version control."""
+    """Every file that is, or is about to be, under version control; in a plain copy, every file that is not hidden."""
+    if not (ROOT / ".git").exists():
+        names = [path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file()]
+        return [ROOT / name for name in sorted(names) if not any(part[0] in "._" for part in name.parts[:-1])]
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return [path for name in sorted(set(listed.split("\0")) - {""}) if (path := ROOT / name).is_file()]

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -101,7 +100,7 @@ def test_rotary_pairs_move_to_the_two_halves_of_their_head():
     assert rotate_half_order(torch.arange(8.0)[:, None], 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-def test_the_stock_classes_load_the_result_without_this_packages_code(complete, convert, tmp_path):
+def test_the_result_carries_the_code_that_the_stock_classes_ask_for_and_no_other_kind_of_file(complete, convert, tmp_path):
     convert(complete)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_tfree.TFreeForCausalLM"
@@ -187,7 +186,7 @@ def test_a_pickle_that_would_run_a_program_is_refused_and_does_not_run(source, c
     trace = tmp_path / "trace"
     torch.save({"lm_head.weight": Bomb(trace), "words": ["a"]}, source / name, pickle_protocol=protocol)
     options = {"dictionary": ["the"]} if name.startswith("transformer") else {}
-    with no_unpickling(), pytest.raises(ValueError, match=rf"{name}: holds pickled objects .*never unpickled"):
+    with no_unpickling(), pytest.raises(ValueError, match=rf"{name}: holds pickled objects.*never unpickled"):
         convert(source, **options)
     (source / name).write_bytes(pickle.dumps(Bomb(trace), protocol))
     with no_unpickling(), pytest.raises(ValueError, match=name):
@@ -200,22 +199,21 @@ def test_a_tokenizer_file_with_other_objects_needs_a_dictionary_and_says_so(sour
     torch.save({"words": ["the"], "word_counter_full": Fraction(1, 2)}, source / "tokenizer" / "tokenizer.pt")
     with (
         no_unpickling(),
-        pytest.raises(ValueError, match=r"tokenizer\.pt: .*Fraction.* Give dictionary: a JSON or tab"),
+        pytest.raises(ValueError, match=r"tokenizer\.pt: .*Fraction.* Give dictionary: a JSON"),
     ):
         convert(source)
     report = convert(source, dictionary=["the"])
     assert "not used" in report.notes[0]
 
 
-def test_a_counter_beside_the_word_list_does_no_harm(original, source, convert):
+def test_a_counter_beside_the_word_list_is_data_or_refused(source, convert):
     state = {"words": WORDS, "word_counter_full": Counter(WORDS)}
     torch.save(state, source / "tokenizer" / "tokenizer.pt")
     try:
-        report = convert(source)
-    except ValueError as error:  # torch releases differ in whether a Counter is data
-        assert "Counter" in str(error)
-    else:
-        assert report.num_words == 10
+        outcome = str(convert(source).num_words)
+    except ValueError as error:  # torch releases differ
+        outcome = str(error)
+    assert outcome == "10" or "collections.Counter" in outcome
 
 
 @pytest.fixture
@@ -249,6 +247,26 @@ def test_a_table_of_another_width_is_refused(with_table, convert):
 
 
 TRANSFORMER, TOKENIZER = "transformer/transformer_config.yaml", "tokenizer/tokenizer_config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        (TRANSFORMER, "num_attention_heads", 7),
+        (TRANSFORMER, "num_layers", 3),
+        (TRANSFORMER, "hidden_size", 25),
+        (TOKENIZER, "vocab_size", 97),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_tensors_is_named(source, convert, file, key, value):
+    edit(source / file, **{key: value})
+    with pytest.raises(ValueError, match=rf"{key}.*{value}|{value}.*{key}"):
+        convert(source, dictionary=["the"])
+
+
+def test_the_number_of_heads_can_be_given(source, convert):
+    edit(source / TRANSFORMER, num_attention_heads=None)
+    assert convert(source, dictionary=["the"], num_attention_heads=3).num_words == 1
 
 
 LAYER = "transformer.layers.1"
@@ -355,7 +373,5 @@ def test_the_source_cannot_be_overwritten(source):
 
 
 def test_a_source_that_is_no_folder_is_named(convert, tmp_path):
-    with pytest.raises(
-        ValueError, match=re.escape(f"source must be the folder of an original checkpoint, but {tmp_path}")
-    ):
+    with pytest.raises(ValueError, match=r"source must be the folder of an original checkpoint, but .*nowhere is none"):
         convert(tmp_path / "nowhere")

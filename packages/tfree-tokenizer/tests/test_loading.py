@@ -192,10 +192,9 @@ def test_another_tokenizers_words_are_refused_with_both_fingerprints(folder, loa
     words = json.loads((folder / "tfree_words.json").read_text())
     (folder / "tfree_words.json").write_text(json.dumps(words[::-1]))
     fingerprint = json.loads((folder / "config.json").read_text())["dictionary_fingerprint"]
-    with pytest.raises(
-        ValueError, match=rf"config\.json: dictionary_fingerprint .*{fingerprint}.* tokenizer [0-9a-f]{{64}}"
-    ):
+    with pytest.raises(ValueError, match=rf"config\.json: dictionary_fingerprint .*{fingerprint}") as raised:
         load(folder)
+    assert len(set(re.findall("[0-9a-f]{64}", str(raised.value)))) == 2
 
 
 def test_a_damaged_dictionary_tensor_is_named(folder, load):

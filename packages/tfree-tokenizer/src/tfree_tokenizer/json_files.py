@@ -1,8 +1,11 @@
-"""Reads JSON from files that may come from anywhere: size-capped, and without the gaps of the format."""
+"""Reads JSON and text that may come from anywhere, size-capped and strictly; writes a file whole or not at all."""
 
 import json
 import math
 import os
+import tempfile
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 MAX_CONFIG_BYTES = 1 << 24
@@ -53,8 +56,7 @@ def parse_json(text: str, path: str | os.PathLike[str]) -> Any:
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"key {repeated!r} must not occur twice.")
     return values
 
@@ -68,3 +70,20 @@ def _finite_float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"numbers must be finite, got {text}.")
     return value
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file in one step: after a failure the previous file is still there, whole."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -95,6 +95,14 @@ def load_tokenizer(
         raise ValueError(f"{path}: {error}") from error
 
 
+def find_config(
+    repo_or_folder: str | os.PathLike[str], *, revision: str | None = None, **options: Any
+) -> TFreeConfig | None:
+    """Read the configuration of the model beside a tokenizer; None if the place has no model."""
+    path = _Files(repo_or_folder, revision, options).find_any(CONFIG_FILE)
+    return None if path is None else _read_config(path)
+
+
 class _Files:
     """The files of one checkpoint, in a folder or on the Hub."""
 

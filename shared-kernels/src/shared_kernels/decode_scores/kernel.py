@@ -19,7 +19,7 @@ LARGEST_BLOCK_K = 64
 """Most words that one block hands on; `decode_topk` sorts all scores if more are wanted."""
 
 TOPK_WORDS = 1024
-TOPK_WARPS = 4
+TOPK_WARPS = 8
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _CONTRAST = tl.constexpr(MODES["contrast"])

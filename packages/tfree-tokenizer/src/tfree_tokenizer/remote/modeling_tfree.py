@@ -200,7 +200,7 @@ class TFreeModel(TFreePreTrainedModel, LlamaModel):
         rest: dict[str, Any],
     ) -> BaseModelOutputWithPast | tuple[Tensor, ...]:
         """Run the body on ids of which some are inside words: hide those, and number words where ids were numbered."""
-        length, past = embeds.shape[1], _cache_length(rest["past_key_values"])
+        length, past = embeds.shape[1], cache_length(rest["past_key_values"])
         starts = None if position_ids is None or past else _document_starts(position_ids)
         if attention_mask is not None and attention_mask.ndim == 4:
             seen = _check_prepared_mask(attention_mask, words.is_final, past + length)
@@ -523,20 +523,36 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         return candidates[is_word[candidates]], log_inclusion[is_word[candidates]]
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        context_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Hide bytes inside spelled words from attention and pass the whole context on."""
-        kwargs["inputs_embeds"] = inputs_embeds  # named above because `generate` looks for it in the signature
-        context, mask = kwargs.pop("context_ids", None), kwargs.get("attention_mask")
-        if context is None:
-            context = input_ids
-        elif mask is not None:
-            context = context[:, : mask.shape[1]]
+        past = cache_length(past_key_values)
+        if next_sequence_length is None:  # the ids are new ones only, else they are all ids
+            context_ids = whole_context(input_ids, past_key_values, context_ids)
+        context = input_ids if context_ids is None else context_ids
+        length = past + (input_ids.shape[1] if next_sequence_length is None else next_sequence_length)
+        if attention_mask is not None:
+            length = attention_mask.shape[1]
+        context = context[:, :length]  # a prompt read in chunks lies ahead
         is_final = final_positions(context, self.config.first_byte_id)
-        if mask is not None and mask.ndim == 2 and not bool(is_final.all()):
-            mask = _hide_inside(mask, is_final, mask.shape[1])
-            kwargs |= {"attention_mask": mask, "position_ids": word_positions(mask.bool())}
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if not bool(is_final.all()) and (attention_mask is None or attention_mask.ndim == 2):
+            attention_mask = _hide_inside(attention_mask, is_final, length)
+            kwargs["position_ids"] = word_positions(attention_mask.bool())
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         if inputs.get("input_ids") is not None:
             inputs["context_ids"] = context
         return inputs
@@ -677,13 +693,13 @@ def whole_context(input_ids: Tensor, past_key_values: Any, context_ids: Tensor |
     """All ids so far: `context_ids`, or what a cache that this model filled remembers, and `input_ids`."""
     if context_ids is not None:
         return context_ids
-    past, seen = _cache_length(past_key_values), getattr(past_key_values, "context_ids", None)
+    past, seen = cache_length(past_key_values), getattr(past_key_values, "context_ids", None)
     if not past or seen is None or seen.shape[0] != input_ids.shape[0] or seen.shape[1] < past:
         return input_ids
     return torch.cat([seen[:, :past], input_ids], 1)
 
 
-def _cache_length(past_key_values: Any) -> int:
+def cache_length(past_key_values: Any) -> int:
     return 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
 

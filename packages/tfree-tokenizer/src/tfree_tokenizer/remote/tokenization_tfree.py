@@ -136,11 +136,11 @@ class TFreeTokenizer(PreTrainedTokenizer):
     def _text_ids(self, text: str, split_special_tokens: bool = False) -> list[int]:
         lookup = self._lookup()
         if split_special_tokens:
-            return lookup.encode(text)
+            return lookup.encode_short(text)
         ids: list[int] = []
         for piece, is_special in SpecialFinder(self._added_tokens_encoder, self.special_syntax).pieces(text):
             if not is_special:
-                ids += lookup.encode(piece)
+                ids += lookup.encode_short(piece)
             elif piece in self._added_tokens_encoder:
                 ids.append(self._added_tokens_encoder[piece])
             else:
@@ -148,7 +148,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
         return ids
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return [self._convert_id_to_token(i) for i in self._lookup().encode(text)]
+        return [self._convert_id_to_token(i) for i in self._lookup().encode_short(text)]
 
     def _convert_token_to_id(self, token: str) -> int | None:
         return self.get_vocab().get(token)
@@ -162,7 +162,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
         split = kwargs.get("split_special_tokens", self.split_special_tokens)
         if isinstance(text, str) and text and text_pair is None and not kwargs.get("sanitize_control_tokens"):
-            text = self._text_ids(text, split)
+            text = self._text_ids(text, bool(split))
         return super()._encode_plus(text, text_pair, **kwargs)
 
     def _decode(

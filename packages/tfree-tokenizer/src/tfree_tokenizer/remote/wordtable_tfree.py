@@ -14,7 +14,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 _FOLD = np.uint64(0xD6E8FEB86659FD93)
 _LANE_MIX = np.uint64(0xBF58476D1CE4E5B9)
 _HALF = np.uint64(32)
-_WINDOW = np.arange(4)  # neighboring slots looked at together: nearly every word is found, or missed, in one round
+_WINDOW = np.arange(4)  # after the first slot, so many are looked at together: a round costs more than its few rows
 
 
 class Keys:
@@ -90,23 +90,26 @@ class WordTable:
 
     def find(self, keys: Keys) -> np.ndarray:
         """Return the word that each key is, int32 `[K]`, -1 where the dictionary does not hold it."""
-        found = np.full(len(keys.hashes), -1, dtype=np.int32)
-        rows, hashes, slots = None, keys.hashes, self._first_slots(keys.hashes)
-        while len(slots):
+        slots = self._first_slots(keys.hashes)
+        found = self._words.take(slots)
+        is_occupied = found >= 0
+        same = (self._hashes.take(slots) == keys.hashes) & is_occupied
+        rows = same.nonzero()[0]
+        same[rows] = keys.equal(rows, self._keys, found.take(rows))
+        found[~same] = -1
+        rows = (is_occupied & ~same).nonzero()[0]
+        slots = slots.take(rows) + 1
+        while len(rows):
             window = (slots[:, None] + _WINDOW) & self._mask  # [rows, 4]
             words = self._words.take(window)
-            proposed = (self._hashes.take(window) == hashes[:, None]) & (words >= 0)
-            hit, column = proposed.nonzero()
-            candidates = words[hit, column]
-            hit_rows = hit if rows is None else rows.take(hit)
-            right = keys.equal(hit_rows, self._keys, candidates).nonzero()[0]
-            found[hit_rows.take(right)] = candidates.take(right)
-            # An empty slot ends the search. Right or not, a proposal leaves the rest of the window to be looked at.
-            full = words.min(axis=1) >= 0
-            full[hit.take(right)] = False
-            on = full.nonzero()[0]
-            rows = on if rows is None else rows.take(on)
-            hashes, slots = hashes.take(on), (slots.take(on) + len(_WINDOW)) & self._mask
+            proposed = (self._hashes.take(window) == keys.hashes.take(rows)[:, None]) & (words >= 0)
+            row, column = proposed.nonzero()
+            hits, candidates = rows.take(row), words[row, column]
+            right = keys.equal(hits, self._keys, candidates).nonzero()[0]
+            found[hits.take(right)] = candidates.take(right)
+            # An empty slot ends the search; a proposal that was wrong does not.
+            on = ((words.min(axis=1) >= 0) & (found.take(rows) < 0)).nonzero()[0]
+            rows, slots = rows.take(on), slots.take(on) + len(_WINDOW)
         return found
 
     def _first_slots(self, hashes: np.ndarray) -> np.ndarray:
