@@ -8,8 +8,8 @@ PYTEST := $(BIN)/python -m pytest -q -n 2
 
 PROJECTS := shared-kernels $(sort $(patsubst %/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)))
 SOURCES := $(wildcard shared-kernels/src packages/*/src)
-TOOLS := torch triton hatchling editables pytest pytest-xdist pytest-timeout hypothesis ruff mypy \
-	transformers accelerate peft datasets trl lm_eval kernels matplotlib pillow PyYAML
+TOOLS := torch "triton; platform_system == 'Linux'" hatchling editables pytest pytest-xdist pytest-timeout hypothesis ruff mypy \
+	transformers accelerate peft datasets trl lm_eval kernels matplotlib pillow
 KEY := $(shell cat Makefile constraints.txt $(PROJECTS:%=%/pyproject.toml) | cksum | cut -d' ' -f1)
 
 export OMP_NUM_THREADS ?= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from statistics import median
@@ -33,7 +32,6 @@ def seconds(call: Call, *, setup: Call | None, clock: str, device: str, at_least
         rough = _cuda_wall_seconds(call, setup)
         return rough if clock == "wall" else _event_seconds(call, setup, repeats=int(at_least / max(rough, 1e-6)))
     now = time.perf_counter if clock == "wall" else time.process_time
-    gc.collect()
     total, repeats = 0.0, 0
     while repeats == 0 or total < at_least:
         if setup is not None:

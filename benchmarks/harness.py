@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,6 +144,7 @@ def compare(case: Case, options: Options) -> dict[str, Any]:
     once = {name: timed(call, case, options, 0.0) for name, call in contenders.items()}
     rounds = _rounds(sum(max(t, at_least) for t in once.values()), options)
 
+    gc.collect()  # what building the inputs left behind must not be collected inside a sample
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds):
         for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:

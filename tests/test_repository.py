@@ -48,7 +48,8 @@ def test_no_file_says_where_packages_come_from():
 
 
 def test_nothing_we_publish_can_unpickle():
-    assert offenders(UNPICKLER, texts("packages/", "shared-kernels/", "miniatures/", "tools/", "examples/")) == []
+    found = texts("benchmarks/", "examples/", "miniatures/", "packages/", "shared-kernels/", "tools/")
+    assert offenders(UNPICKLER, {name: text for name, text in found.items() if "/tests/" not in name}) == []
 
 
 @pytest.mark.parametrize(

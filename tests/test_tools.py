@@ -14,8 +14,10 @@ def tree(tmp_path):
     folders = [sync_remote.OPERATORS, *(each.folder for each in sync_remote.VENDORED)]
     for folder in folders:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for path, text in sync_remote.copies(tmp_path):
-        (tmp_path / path).write_text(text)
+    for copies in (sync_remote.copies, sync_remote.checkpoint_code):
+        for path, text in list(copies(tmp_path)):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(text)
     return tmp_path
 
 
@@ -31,6 +33,12 @@ def test_an_edited_copy_is_shown_as_a_patch(tree):
     assert "-import torch  # edited\n+import torch\n" in patch
 
 
+def test_a_file_beside_a_checkpoint_that_no_package_has_is_drift(tree):
+    checkpoint = next(iter(sync_remote.CHECKPOINTS))
+    (tree / checkpoint / "stale_tfree.py").write_text("stale = True\n")
+    assert "-stale = True\n" in sync_remote.drift(tree)
+
+
 def test_a_missing_copy_is_drift(tree):
     path, _ = next(sync_remote.copies(tree))
     (tree / path).unlink()
@@ -38,12 +46,15 @@ def test_a_missing_copy_is_drift(tree):
 
 
 def test_the_documentation_is_complete():
-    assert [*check_docs.missing_names(), *check_docs.broken_links(), *check_docs.unknown_targets()] == []
+    checks = (check_docs.missing_names, check_docs.broken_links, check_docs.unknown_targets, check_docs.missing_tests)
+    assert [problem for check in checks for problem in check()] == []
 
 
-def test_a_link_or_a_make_target_that_does_not_exist_is_reported(tmp_path):
+def test_links_make_targets_and_test_files_that_do_not_exist_are_reported(tmp_path):
     (tmp_path / "Makefile").write_text("test: venv\n")
-    (tmp_path / "README.md").write_text("[a](absent.md) [b](README.md#part) `make test` `make absent`\n")
+    text = "[a](absent.md) [b](README.md#part) `make test` `make absent` `tests/test_absent.py`\n"
+    (tmp_path / "README.md").write_text(text)
+    assert list(check_docs.missing_tests(tmp_path)) == ["README.md: there is no test file test_absent.py"]
     assert list(check_docs.broken_links(tmp_path)) == ["README.md: the link absent.md leads nowhere"]
     assert list(check_docs.unknown_targets(tmp_path)) == ["README.md: the Makefile has no target absent"]
 

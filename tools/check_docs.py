@@ -58,8 +58,18 @@ def unknown_targets(root: Path = ROOT) -> Iterator[str]:
             yield f"{page.relative_to(root)}: the Makefile has no target {target}"
 
 
+def missing_tests(root: Path = ROOT) -> Iterator[str]:
+    """Test files that a page names and that are nowhere in the repository."""
+    folders = ("tests", "shared-kernels/tests", "packages/*/tests", "benchmarks/tests", "miniatures/tests")
+    known = {path.name for pattern in folders for path in root.glob(f"{pattern}/**/test_*.py")}
+    for page in pages(root):
+        named = set(re.findall(r"`(?:[\w./-]+/)?(test_\w+\.py)`", page.read_text(encoding="utf-8")))
+        for name in sorted(named - known):
+            yield f"{page.relative_to(root)}: there is no test file {name}"
+
+
 def main() -> int:
-    problems = [*missing_names(), *broken_links(), *unknown_targets()]
+    problems = [*missing_names(), *broken_links(), *unknown_targets(), *missing_tests()]
     print("\n".join(problems) or "the documentation is complete")
     return 1 if problems else 0
 

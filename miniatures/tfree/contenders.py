@@ -46,7 +46,7 @@ class Hashing:
     num_hashes: int = 8
     num_lowercase: int = 2
     sampled_words: int = 0
-    loss_pos_weight: float = 300.0
+    loss_pos_weight: float = 30.0
 
 
 class Contender(ABC):
@@ -82,7 +82,7 @@ class Contender(ABC):
     def score(self, windows: Sequence[Window]) -> list[ScoredText]:
         """Code lengths and first choices for every unit of windows led by an end-of-text token."""
 
-    def prepare_scoring(self, windows: Sequence[Window]) -> dict[str, Any]:  # noqa: ARG002
+    def prepare_scoring(self, windows: Sequence[Window]) -> dict[str, Any]:
         """Fit what scoring needs on training text; returns what to report of it."""
         return {}
 

@@ -1,7 +1,11 @@
-"""Results of the comparison -> a table, a picture and samples in `README.md`."""
+"""Results of the comparison -> tables, a picture and samples in `README.md`.
+
+`python -m miniatures.tfree.report` does it again from `results.json`.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -112,3 +116,8 @@ def _samples(result: Result) -> str:
     lines = [f"- {TITLES[result['model']]}"]
     lines += [f"  - {' / '.join(text.splitlines())}" for text in result["samples"].values()]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    write_report(json.loads((here / "results.json").read_text(encoding="utf-8")), here)

@@ -62,7 +62,7 @@ class WordLookup:
         markers = {word: index for index, word in enumerate(structural_words(ruleset), first_structural_id)}
         self.first_byte_id = first_structural_id + len(markers)
         self.first_word_id = self.first_byte_id + 512
-        self._words, self._ruleset, self._max_word_bytes = words, ruleset, max_word_bytes
+        self._words, self.ruleset, self._max_word_bytes = words, ruleset, max_word_bytes
         self._hidden = np.array(sorted(hidden), dtype=np.int64)
         self._no_space = markers[NO_SPACE]
         self._spaces = {size: markers[name] for size, name in space_packs(ruleset).items()}
@@ -77,7 +77,7 @@ class WordLookup:
 
     def encode_short(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens, by regular expression and dict."""
-        words = split_unmarked(text, self._ruleset, self._max_word_bytes)
+        words = split_unmarked(text, self.ruleset, self._max_word_bytes)
         ids = list(map(self._known_ids().get, words))
         return ids if None not in ids else list(self._spell_unknown(words, ids))
 
@@ -152,7 +152,7 @@ class WordLookup:
         return joined.texts_of(out, borders)
 
     def _items(self, joined: "_Joined") -> Items:
-        items = find_items(joined.text, joined.borders, self._ruleset)
+        items = find_items(joined.text, joined.borders, self.ruleset)
         limit = self._max_word_bytes
         if limit is None:
             return items
@@ -163,7 +163,7 @@ class WordLookup:
             for part in cut_word(joined.text[start : items.end[row]], limit)[:-1]:
                 start += len(part)
                 cuts.append(start)
-        return find_items(joined.text, joined.borders, self._ruleset, cuts) if cuts else items
+        return find_items(joined.text, joined.borders, self.ruleset, cuts) if cuts else items
 
     def _find(self, data: np.ndarray, first_byte: np.ndarray, num_bytes: np.ndarray) -> np.ndarray:
         if self._table is None:

@@ -337,6 +337,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         num_items_in_batch: float | Tensor | None = None,
         output_word_logits: bool | None = None,
         output_hash_logits: bool = False,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict the next word at every position.
@@ -350,6 +351,8 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
             num_items_in_batch: counted labels of all accumulated batches, replaces this batch's count.
             output_word_logits: return logits beside a loss. Default: only without labels.
             output_hash_logits: add `hash_logits`, the head's row logits [B, K, v].
+            shift_labels: int64 [B, L], replaces `labels` where the caller has shifted them: the id that follows each
+                position, as sequence-parallel training passes.
 
         Returns:
             `loss` (nats for "dictionary_ce") and `logits` float32 [B, K, ids], scores divided by the temperature.
@@ -358,7 +361,8 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         if input_ids is not None and inputs_embeds is None and input_ids.shape[-1]:
             context = whole_context(input_ids, past_key_values, context_ids)
             words = self.model.embed_tokens.find_words(context)
-        if labels is not None and use_cache is None:
+        is_training_step = labels is not None or shift_labels is not None
+        if is_training_step and use_cache is None:
             use_cache = False
         outputs = self.model(
             input_ids,
@@ -373,15 +377,18 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         loss = logits = hash_logits = None
-        if labels is not None:
+        if is_training_step:
             has_context = _has_context(hidden, words, attention_mask, position_ids)
-            loss = self._loss(hidden, input_ids, words, labels, has_context, loss_weights, num_items_in_batch)
-        if labels is None or output_word_logits or output_hash_logits:
+            taught = (words, hidden, input_ids, labels, has_context, loss_weights)
+            if shift_labels is not None:
+                taught = (None, *_unshift(hidden, input_ids, shift_labels, has_context, loss_weights))
+            loss = self._loss(*taught, num_items_in_batch)
+        if not is_training_step or output_word_logits or output_hash_logits:
             kept = hidden[
                 :, slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
             ]
             hash_logits = self.lm_head(kept)
-            if labels is None or output_word_logits:
+            if not is_training_step or output_word_logits:
                 is_tail = isinstance(logits_to_keep, int)
                 logits = self.word_logits(hash_logits, words if is_tail else None, context)
         result = CausalLMOutputWithPast(
@@ -430,9 +437,9 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
 
     def _loss(
         self,
+        words: WordsInIds | None,
         hidden: Tensor,
         input_ids: Tensor | None,
-        words: WordsInIds | None,
         labels: Tensor,
         has_context: Tensor,
         loss_weights: Tensor | None,
@@ -689,6 +696,23 @@ def _has_context(
     return words_before(visible, None if position_ids is None else _document_starts(position_ids)) > 0
 
 
+def _unshift(
+    hidden: Tensor, input_ids: Tensor | None, shift_labels: Tensor, has_context: Tensor, loss_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Put targets that stand under the states that predict them one place on, where labels stand: all [B, L + 1]."""
+    if shift_labels.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"shift_labels must have the shape of input_ids {tuple(hidden.shape[:2])}, got {tuple(shift_labels.shape)}."
+        )
+    return (
+        torch.cat([hidden, hidden[:, -1:]], 1),
+        None if input_ids is None else nn.functional.pad(input_ids, (0, 1)),
+        nn.functional.pad(shift_labels, (1, 0), value=-100),
+        nn.functional.pad(has_context, (0, 1), value=True),
+        None if loss_weights is None else nn.functional.pad(loss_weights, (1, 0)),
+    )
+
+
 def whole_context(input_ids: Tensor, past_key_values: Any, context_ids: Tensor | None) -> Tensor:
     """All ids so far: `context_ids`, or what a cache that this model filled remembers, and `input_ids`."""
     if context_ids is not None:
@@ -726,7 +750,7 @@ def _hide_inside(attention_mask: Tensor | None, is_final: Tensor, length: int) -
 
 
 def _check_prepared_mask(attention_mask: Tensor, is_final: Tensor, length: int) -> Tensor:
-    """Refuse a 4-D mask that shows bytes inside words; return which of the ids are visible to themselves: bool [B, L]."""
+    """Refuse a 4-D mask that shows bytes inside words; return which ids are visible to themselves: bool [B, L]."""
     visible = attention_mask
     if visible.dtype != torch.bool:
         visible = visible > torch.finfo(visible.dtype).min / 2

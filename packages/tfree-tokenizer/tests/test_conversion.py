@@ -100,7 +100,9 @@ def test_rotary_pairs_move_to_the_two_halves_of_their_head():
     assert rotate_half_order(torch.arange(8.0)[:, None], 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-def test_the_result_carries_the_code_that_the_stock_classes_ask_for_and_no_other_kind_of_file(complete, convert, tmp_path):
+def test_the_result_carries_the_code_that_the_stock_classes_ask_for_and_no_other_kind_of_file(
+    complete, convert, tmp_path
+):
     convert(complete)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_tfree.TFreeForCausalLM"
@@ -312,6 +314,21 @@ def test_a_truncated_file_of_weights_is_named(source, convert, kept):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"transformer\.pt: is truncated or damaged"):
         convert(source, dictionary=["the"])
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "key words is missing"),
+        ({"words": ["a", 3]}, "key words must be a list of strings"),
+        ({"words": ["a"], "trigram_to_vocab": torch.zeros(3)}, "key trigram_to_vocab must be"),
+        ([], "must hold a dict"),
+    ],
+)
+def test_a_tokenizer_file_that_lacks_what_is_needed_names_the_key(source, convert, state, message):
+    torch.save(state, source / "tokenizer" / "tokenizer.pt")
+    with pytest.raises(ValueError, match=rf"tokenizer\.pt: {message}"):
+        convert(source)
 
 
 def test_without_any_word_list_the_missing_file_is_named(source, convert):

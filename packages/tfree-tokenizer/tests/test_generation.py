@@ -1,5 +1,6 @@
 """Every way of generating that transformers offers works on word ids, unmodified."""
 
+import copy
 import itertools
 
 import pytest
@@ -10,13 +11,25 @@ from tfree_tokenizer.remote.spelling_tfree import final_positions
 SHORT, LONG = "the house", "das Donaudampfschiff ist klein. the Zwetschge"
 
 
-def test_greedy_takes_the_most_likely_id_at_every_step(tiny):
-    ids = tiny.ids(LONG)["input_ids"]
-    for new in tiny.generate(LONG)[0]:
-        with torch.no_grad():
-            logits = tiny.model(ids).logits
-        assert new == int(logits[0, -1].argmax())
-        ids = torch.cat([ids, torch.tensor([[new]])], 1)
+def steps_of(tiny, *texts, **options):
+    """The ids and the logits [B, new, ids] of a greedy generation."""
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None} | options
+    out = tiny.model.generate(**tiny.ids(*texts), output_logits=True, return_dict_in_generate=True, **settings)
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}],
+    ids=["dynamic", "uncached", "static", "chunked"],
+)
+@pytest.mark.parametrize("text", [LONG, "Zwetschge", SHORT])
+def test_every_step_of_generate_has_the_logits_of_one_forward_pass(tiny, text, options):
+    sequences, logits = steps_of(tiny, text, **options)
+    with torch.no_grad():
+        expected = tiny.model(sequences[:, :-1], use_cache=False).logits[:, -logits.shape[1] :]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert sequences[:, -logits.shape[1] :].tolist() == expected.argmax(2).tolist()
 
 
 def test_a_left_padded_batch_generates_what_each_row_generates_alone(tiny):
@@ -82,13 +95,6 @@ def test_repetition_penalty_and_no_repeat_ngram_are_obeyed(tiny):
     assert new != plain
 
 
-@pytest.mark.parametrize(
-    "options", [{"cache_implementation": "static"}, {"use_cache": False}], ids=["static", "uncached"]
-)
-def test_every_kind_of_cache_generates_the_same(tiny, options):
-    assert tiny.generate(SHORT, LONG, **options) == tiny.generate(SHORT, LONG)
-
-
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_chunks_of_the_prompt_may_cut_a_spelled_word(tiny, chunk, options):
@@ -115,8 +121,14 @@ def test_a_conversation_continues_from_the_cache_of_the_last_turn(tiny):
     )
     longer = torch.cat([turn.sequences, tiny.ids("Zwetschge Donau ist")["input_ids"]], 1)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    continued = tiny.model.generate(longer, past_key_values=turn.past_key_values, **options)
-    assert continued.tolist() == tiny.model.generate(longer, **options).tolist()
+    expected = tiny.model.generate(longer, **options)[:, longer.shape[1] :].tolist()
+    continued = tiny.model.generate(longer, past_key_values=copy.deepcopy(turn.past_key_values), **options)
+    assert continued[:, longer.shape[1] :].tolist() == expected
+    unread = longer[:, turn.past_key_values.get_seq_length() :]
+    continued = tiny.model.generate(
+        unread, attention_mask=torch.ones_like(longer), past_key_values=turn.past_key_values, **options
+    )
+    assert continued[:, unread.shape[1] :].tolist() == expected
 
 
 def test_embeddings_of_the_prompt_generate_what_its_ids_generate(tiny):

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import tests.support.tfree as tiny_models
 from tests.support.audit import no_unpickling
@@ -220,3 +222,48 @@ def test_nothing_of_the_folders_own_code_runs(folder, load):
     (folder / "modeling_tfree.py").write_text("raise SystemExit('this must not run')")
     (folder / "tokenization_tfree.py").write_text("raise SystemExit('this must not run')")
     assert load(folder)[1].config.model_type == "tfree"
+
+
+anything = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+)
+FIELDS = [
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "hash_vocab_size",
+    "num_hashes",
+    "num_lowercase",
+    "hash_seed",
+    "ruleset",
+    "first_byte_id",
+    "decode_mode",
+    "decode_temperature",
+    "decode_edge_weight",
+    "loss_pos_weight",
+    "dictionary_units",
+    "rms_norm_eps",
+    "eos_token_id",
+    "rope_parameters",
+    "head_dim",
+    "pad_token_id",
+]
+
+
+@settings(
+    max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(field=st.sampled_from(FIELDS), value=anything)
+def test_any_value_of_a_field_is_accepted_or_refused_by_file(folder, field, value):
+    from tfree_tokenizer.loading import find_config
+
+    before = (folder / "config.json").read_text()
+    edit(folder / "config.json", **{field: value})
+    problem = ""
+    try:
+        find_config(folder)
+    except ValueError as error:
+        problem = str(error)
+    (folder / "config.json").write_text(before)
+    assert not problem or problem.startswith(f"{folder / 'config.json'}: ")

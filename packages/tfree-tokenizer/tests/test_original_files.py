@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 
 @pytest.fixture
@@ -56,3 +58,23 @@ def test_a_damaged_dictionary_names_file_and_entry(read_dictionary, tmp_path, na
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=rf"d\.\w+: .*{where}"):
         read_dictionary(tmp_path / name)
+
+
+@settings(
+    max_examples=200, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(
+    data=st.binary(max_size=60) | st.text('[]{},:"ab1-\t\n', max_size=60).map(str.encode),
+    suffix=st.sampled_from(["json", "tsv"]),
+)
+def test_any_file_is_a_word_list_or_refused_by_name(read_dictionary, tmp_path, data, suffix):
+    path = tmp_path / f"words.{suffix}"
+    path.write_bytes(data)
+    problem, words = "", ["refused"]
+    try:
+        words = read_dictionary(path)
+    except ValueError as error:
+        problem = str(error)
+    assert not problem or problem.startswith(f"{path}: ")
+    assert words
+    assert all(isinstance(word, str) for word in words)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.support.original_tfree import OriginalModel
 
@@ -106,3 +108,35 @@ def test_yaml_cannot_construct_objects(source, read_settings, tmp_path):
     with pytest.raises(ValueError, match=TOKENIZER):
         read_settings(source)
     assert not (tmp_path / "trace").exists()
+
+
+values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+anything = values | st.lists(values, max_size=2) | st.dictionaries(st.text(max_size=5), values, max_size=2)
+KEYS = ["num_attention_heads", "rope_theta", "mlp_type", "norm", "bias_terms", "vocab_size", "vocab_population", "seed"]
+
+
+@settings(
+    max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(
+    changes=st.dictionaries(st.sampled_from(KEYS), anything, max_size=3), file=st.sampled_from([TRANSFORMER, TOKENIZER])
+)
+def test_any_value_is_read_or_refused_by_file(source, read_settings, changes, file):
+    before = (source / file).read_text()
+    edit(source / file, **changes)
+    try:
+        problem = f"{read_settings(source).num_attention_heads} heads"
+    except ValueError as error:
+        problem = str(error)
+    (source / file).write_text(before)
+    assert "_config.yaml: " in problem or problem.endswith(" heads")
+
+
+@settings(
+    max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(text=st.text(max_size=60) | st.text("{}[]:,-&*!|'\"\n ab1", max_size=60))
+def test_any_text_is_read_or_refused_by_file(source, read_settings, text):
+    (source / TOKENIZER).write_text(text, errors="surrogatepass")
+    with pytest.raises(ValueError, match=TOKENIZER):  # no text that is this short holds all that is needed
+        read_settings(source)

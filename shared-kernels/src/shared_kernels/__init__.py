@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from . import layers as layers
     from .csr_gather_sum import csr_gather_sum as csr_gather_sum
     from .decode_scores import decode_scores as decode_scores
     from .decode_scores import decode_topk as decode_topk
@@ -31,7 +30,7 @@ _OPERATORS = {
     "mix32_rows": "mix32_rows",
 }
 
-__all__ = sorted([*_OPERATORS, "__version__", "layers"])  # noqa: PLE0605 (computed, so that a name has one home)
+__all__ = sorted([*_OPERATORS, "__version__"])  # noqa: PLE0605 (computed, so that a name has one home)
 
 
 class _Package(ModuleType):
@@ -44,7 +43,7 @@ class _Package(ModuleType):
 
 def __getattr__(name: str) -> Any:
     """Load what `name` needs, and keep the value for the next access."""
-    if name == "layers":
+    if name == "layers":  # where `kernels.kernelize` looks for modules
         return importlib.import_module(f"{__name__}.layers")
     if name not in _OPERATORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--output", "-o", required=True, metavar="FILE", help="JSON list of words, most frequent first")
     build.add_argument("--counts", metavar="FILE", help="also write the words with their counts, tab-separated")
     build.add_argument("--max-words", type=int, default=500_000, metavar="N", help="default: 500000")
+    build.add_argument("--min-count", type=int, default=1, metavar="N", help="leave out words that occur less often")
     build.add_argument("--num-proc", type=int, default=1, metavar="N", help="processes that count (default: 1)")
     _add_ruleset(build)
     build.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -164,9 +165,11 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _build_dictionary(arguments: argparse.Namespace) -> None:
-    from .dictionary_building import count_words, most_frequent_words
+    from .dictionary_building import count_words
     from .json_files import write_text
 
+    if arguments.max_words < 1:
+        raise ValueError(f"--max-words must be at least 1, got {arguments.max_words}.")
     for option in ("output", "counts"):
         path = getattr(arguments, option)
         if path is not None and not Path(path).absolute().parent.is_dir():
@@ -175,7 +178,10 @@ def _build_dictionary(arguments: argparse.Namespace) -> None:
     counts = count_words(
         pieces, ruleset=arguments.ruleset, num_proc=arguments.num_proc, show_progress=not arguments.quiet
     )
-    words = most_frequent_words(counts, arguments.max_words, arguments.ruleset)
+    frequent = [item for item in counts.items() if item[1] >= arguments.min_count]
+    words = [word for word, _ in sorted(frequent, key=lambda item: (-item[1], item[0]))[: arguments.max_words]]
+    if not words:
+        raise ValueError(f"no word in {', '.join(arguments.paths)}.")
     write_text(arguments.output, json.dumps(words, ensure_ascii=True, indent=0) + "\n")
     if arguments.counts is not None:
         write_text(arguments.counts, "".join(f"{word}\t{counts[word]}\n" for word in words))
@@ -261,7 +267,11 @@ def _load_tokenizer(arguments: argparse.Namespace) -> "TFreeTokenizer | None":
         from .original_files import read_dictionary
         from .remote.tokenization_tfree import TFreeTokenizer
 
-        return TFreeTokenizer(words=read_dictionary(Path(arguments.dictionary)), ruleset=arguments.ruleset)
+        words = read_dictionary(Path(arguments.dictionary))
+        try:
+            return TFreeTokenizer(words=words, ruleset=arguments.ruleset)
+        except ValueError as error:
+            raise ValueError(f"{arguments.dictionary}: {error}") from error
     return None
 
 
@@ -286,8 +296,11 @@ def _pieces(path: str, named: Sequence[str]) -> Iterator[str]:
             rest = ""
             while block := file.read(PIECE_CHARACTERS):
                 block = rest + block
-                end = (block.rfind("\n") + 1) or (block.rfind(" ") + 1) or len(block)
-                yield block[:end]
+                end = block.rfind("\n") + 1 or block.rfind(" ") + 1
+                if not end and len(block) >= 16 * PIECE_CHARACTERS:  # no prose: bound the memory
+                    end = len(block)
+                if end:
+                    yield block[:end]
                 rest = block[end:]
             if rest:
                 yield rest
@@ -325,7 +338,3 @@ def _write(line: str) -> None:
     """Print a line; characters that the terminal cannot show are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -47,6 +47,7 @@ _LAYER = {
 _UNUSED_PACK = re.compile(r"<\|[0-9]+<-\s*(?:ws|\n)\s*->\|>")
 _RECOMPUTED = re.compile(r"rotary|rope|inv_freq")  # tables that a transformer computes from its configuration
 _MAX_LAYERS = 4096
+_MOST_WORDS = MAX_WORDS - 2 * MAX_SPECIAL_WORDS  # special, spacing and byte ids come on top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +192,12 @@ def _read_words(
                 "build-dictionary` writes from text."
             ) from error
         return given, 0, [f"{TOKENIZER_FILE} holds pickled objects and was not used, so its rows were not verified."]
-    verified = 0 if table is None else verify_rows(table, words, settings.hash_spec, path)
-    notes = [f"{TOKENIZER_FILE} has no trigram_to_vocab, so its rows were not verified."] if table is None else []
-    return (words if given is None else given), verified, notes
+    used = words if given is None else given
+    if used is None:
+        raise ValueError(f"{path}: key words is missing. Give dictionary, a file of (word, count).")
+    if table is None:
+        return used, 0, [f"{TOKENIZER_FILE} has no trigram_to_vocab, so its rows were not verified."]
+    return used, verify_rows(table, words or used, settings.hash_spec, path), []
 
 
 def _make_tokenizer(
@@ -220,7 +224,7 @@ def _make_tokenizer(
             kept.append(word)
     if repeated := len(words) - len(set(words)):
         dropped["repeated entries"] = repeated
-    limit = MAX_WORDS // 2 if max_words is None else max_words
+    limit = min(max_words or _MOST_WORDS, _MOST_WORDS)
     if len(kept) > limit:
         dropped["words beyond max_words"] = len(kept) - limit
     tokenizer = TFreeTokenizer(

@@ -1,13 +1,15 @@
 """What a tokenizer makes of a text, for people: its tokens one by one, and how many of which kind."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from .remote.patterns_tfree import HashSpec, word_pattern
-from .remote.tokenization_tfree import TFreeTokenizer
 from .remote.words_tfree import Ruleset, split_words, structural_words
+
+if TYPE_CHECKING:  # its import takes seconds, and splitting needs no tokenizer
+    from .remote.tokenization_tfree import TFreeTokenizer
 
 TokenKind = Literal["word", "spelled", "marker", "special"]
 
@@ -57,7 +59,7 @@ class TextStatistics:
         return TextStatistics(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
-def list_tokens(text: str, tokenizer: TFreeTokenizer) -> list[Token]:
+def list_tokens(text: str, tokenizer: "TFreeTokenizer") -> list[Token]:
     """Encode a text and say what every id stands for."""
     words, first, whole = tokenizer.words_by_id(), tokenizer.first_byte_id, tokenizer.special_word_ids()
     tokens: list[Token] = []
@@ -85,7 +87,7 @@ def list_words(text: str, ruleset: Ruleset) -> list[Token]:
     return [Token(text=word, ids=(), kind="marker" if word in markers else "word") for word in words]
 
 
-def measure_text(text: str, tokenizer: TFreeTokenizer | None, ruleset: Ruleset = "v1") -> TextStatistics:
+def measure_text(text: str, tokenizer: "TFreeTokenizer | None", ruleset: Ruleset = "v1") -> TextStatistics:
     """Count the tokens of a text.
 
     Args:
@@ -112,6 +114,6 @@ def measure_text(text: str, tokenizer: TFreeTokenizer | None, ruleset: Ruleset =
     )
 
 
-def _encode(text: str, tokenizer: TFreeTokenizer) -> np.ndarray:
+def _encode(text: str, tokenizer: "TFreeTokenizer") -> np.ndarray:
     """Ids of a text of any length, int64 [N]."""
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)

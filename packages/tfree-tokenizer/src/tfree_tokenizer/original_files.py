@@ -73,22 +73,24 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_tokenizer(folder: Path) -> tuple[list[str], Tensor | None]:
+def load_tokenizer(folder: Path) -> tuple[list[str] | None, Tensor | None]:
     """Load word list and hash table of `tokenizer.pt`.
 
     Returns:
-        the words in the order of the original's dictionary, and its rows per trigram, int [2**24, m], or None.
+        the words in the order of the original's dictionary, and its rows per trigram, int [2**24, m]; None for either
+        that the file does not hold.
 
     Raises:
         PickledObjectsError: see `load_tensors`.
-        ValueError: the file is damaged or has no word list.
+        ValueError: the file is damaged, or holds something else under one of the two names.
     """
     path = folder / TOKENIZER_FILE
     content = load_tensors(path)
-    words = content.get("words") if isinstance(content, dict) else None
-    if not isinstance(words, list) or not words or set(map(type, words)) != {str}:
-        raise ValueError(f"{path}: key words must be a list of strings. Give dictionary, a file of (word, count).")
-    table = content.get("trigram_to_vocab")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold a dict, got {type(content).__name__}.")
+    words, table = content.get("words"), content.get("trigram_to_vocab")
+    if words is not None and not (isinstance(words, list) and set(map(type, words)) == {str}):
+        raise ValueError(f"{path}: key words must be a list of strings.")
     if table is not None and not (isinstance(table, Tensor) and table.ndim == 2 and not table.is_floating_point()):
         raise ValueError(f"{path}: key trigram_to_vocab must be a whole-number tensor [trigrams, m].")
     return words, table

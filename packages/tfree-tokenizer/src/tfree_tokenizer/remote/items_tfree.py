@@ -1,6 +1,7 @@
 """Where the words of a text begin and end, found for all of it at once with numpy.
 
-Characters become classes through a table; comparing the classes of neighbors gives the items: words and runs of spacing.
+Characters become classes through a table; comparing the classes of neighbors gives the items, that is words and runs
+of spacing.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,6 @@ from .characters_tfree import (
     character_table,
 )
 from .words_tfree import word_starts_v2
-
 
 SPACE_CLASS = SPACE | RUN | NO_SPACE_AFTER | NO_SPACE_BEFORE
 LINE_BREAK_CLASS = LINE_BREAK | RUN | NO_SPACE_AFTER | NO_SPACE_BEFORE

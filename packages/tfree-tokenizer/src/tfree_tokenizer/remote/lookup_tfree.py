@@ -1,10 +1,12 @@
 """Text to ids. Many texts are one pass of numpy; a short text takes the regular expression and a dict.
 
-Both ways give the same ids. Ids are laid out as specials, structural words, bytes inside a word, last bytes, dictionary.
+Both ways give the same ids.
 """
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -12,7 +14,6 @@ from .characters_tfree import Ruleset
 from .items_tfree import BORDER_CLASS, LINE_BREAK_CLASS, SPACE_CLASS, Items, find_items
 from .words_tfree import NO_SPACE, cut_word, line_packs, pack, space_packs, split_unmarked, structural_words
 from .wordtable_tfree import Keys, WordTable, ranges, utf8_starts
-
 
 CHUNK_CHARACTERS = 1 << 18
 """Texts are encoded together up to this length, so that the arrays of a pass stay in the cache."""
@@ -35,8 +36,7 @@ class Encoded:
     """int64 [N]."""
 
     spans: np.ndarray | None
-    """int64 [N, 2], start and end of the characters an id stands for: none for a missing space, for a byte its character.
-    """
+    """int64 [N, 2], the characters an id stands for: none for a missing space, for a byte the one it belongs to."""
 
 
 class WordLookup:
@@ -62,7 +62,7 @@ class WordLookup:
         markers = {word: index for index, word in enumerate(structural_words(ruleset), first_structural_id)}
         self.first_byte_id = first_structural_id + len(markers)
         self.first_word_id = self.first_byte_id + 512
-        self._words, self._ruleset, self._max_word_bytes = words, ruleset, max_word_bytes
+        self._words, self.ruleset, self._max_word_bytes = words, ruleset, max_word_bytes
         self._hidden = np.array(sorted(hidden), dtype=np.int64)
         self._no_space = markers[NO_SPACE]
         self._spaces = {size: markers[name] for size, name in space_packs(ruleset).items()}
@@ -77,9 +77,9 @@ class WordLookup:
 
     def encode_short(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens, by regular expression and dict."""
-        words = split_unmarked(text, self._ruleset, self._max_word_bytes)
+        words = split_unmarked(text, self.ruleset, self._max_word_bytes)
         ids = list(map(self._known_ids().get, words))
-        return ids if None not in ids else list(self._spell_unknown(words, ids))
+        return list(self._spell_unknown(words, ids)) if None in ids else cast("list[int]", ids)
 
     def encode(
         self, texts: Sequence[str], fixed: Sequence[Sequence[Fixed]] | None = None, *, with_spans: bool = False
@@ -152,18 +152,20 @@ class WordLookup:
         return joined.texts_of(out, borders)
 
     def _items(self, joined: "_Joined") -> Items:
-        items = find_items(joined.text, joined.borders, self._ruleset)
+        items = find_items(joined.text, joined.borders, self.ruleset)
         limit = self._max_word_bytes
         if limit is None:
             return items
-        is_long = (4 * (items.end - items.start) > limit) & (items.kind != SPACE_CLASS) & (items.kind != LINE_BREAK_CLASS)
+        is_long = (
+            (4 * (items.end - items.start) > limit) & (items.kind != SPACE_CLASS) & (items.kind != LINE_BREAK_CLASS)
+        )
         cuts: list[int] = []
-        for row in (is_long).nonzero()[0]:
+        for row in is_long.nonzero()[0]:
             start = int(items.start[row])
             for part in cut_word(joined.text[start : items.end[row]], limit)[:-1]:
                 start += len(part)
                 cuts.append(start)
-        return find_items(joined.text, joined.borders, self._ruleset, cuts) if cuts else items
+        return find_items(joined.text, joined.borders, self.ruleset, cuts) if cuts else items
 
     def _find(self, data: np.ndarray, first_byte: np.ndarray, num_bytes: np.ndarray) -> np.ndarray:
         if self._table is None:
@@ -228,7 +230,7 @@ class _Joined:
         edges = [0, *position.take(self.text_ends).tolist()]
         return [
             Encoded(out.ids[first:last], None if out.spans is None else out.spans[first:last])
-            for first, last in zip(edges, edges[1:], strict=False)
+            for first, last in itertools.pairwise(edges)
         ]
 
 
@@ -281,7 +283,9 @@ class _Output:
         repeats = length // longest
         if repeats.any():
             inside = ranges(np.zeros_like(repeats), repeats)
-            self.put(np.repeat(where, repeats) + inside, longest_id, np.repeat(start, repeats) + inside * longest, longest)
+            self.put(
+                np.repeat(where, repeats) + inside, longest_id, np.repeat(start, repeats) + inside * longest, longest
+            )
             where, start = where + repeats, start + repeats * longest
         for size, index in shorter:
             has = (length & size).nonzero()[0]

@@ -24,7 +24,7 @@ from .embedding_tfree import StoredDictionary, TFreeEmbedding
 from .kernels_tfree import fused_linear_bce
 from .losses_tfree import composed_softmax_loss, multilabel_scale, sample_words
 from .saving_tfree import staged_folder
-from .spelling_tfree import WordsInIds, copy_logits, final_positions, word_positions, words_before
+from .spelling_tfree import WordsInIds, copy_logits, final_positions, seen_spelled_words, word_positions, words_before
 
 
 class TFreePreTrainedModel(LlamaPreTrainedModel):
@@ -350,6 +350,8 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
             num_items_in_batch: counted labels of all accumulated batches, replaces this batch's count.
             output_word_logits: return logits beside a loss. Default: only without labels.
             output_hash_logits: add `hash_logits`, the head's row logits [B, K, v].
+            **kwargs: `shift_labels`, int64 [B, L], replaces `labels` where the caller has shifted them: the id that
+                follows each position, as sequence-parallel training passes. The rest goes to the body.
 
         Returns:
             `loss` (nats for "dictionary_ce") and `logits` float32 [B, K, ids], scores divided by the temperature.
@@ -358,7 +360,9 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         if input_ids is not None and inputs_embeds is None and input_ids.shape[-1]:
             context = whole_context(input_ids, past_key_values, context_ids)
             words = self.model.embed_tokens.find_words(context)
-        if labels is not None and use_cache is None:
+        shift_labels = kwargs.pop("shift_labels", None)  # not named above: Trainer asks for every named "label"
+        is_training_step = labels is not None or shift_labels is not None
+        if is_training_step and use_cache is None:
             use_cache = False
         outputs = self.model(
             input_ids,
@@ -373,15 +377,18 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         loss = logits = hash_logits = None
-        if labels is not None:
-            has_context = _has_context(hidden, words, attention_mask, position_ids)
-            loss = self._loss(hidden, input_ids, words, labels, has_context, loss_weights, num_items_in_batch)
-        if labels is None or output_word_logits or output_hash_logits:
+        if is_training_step:
+            has_context, document = _contexts(hidden, words, attention_mask, position_ids)
+            taught = (words, hidden, input_ids, labels, has_context, document, loss_weights)
+            if shift_labels is not None:
+                taught = (None, *_unshift(hidden, input_ids, shift_labels, has_context, document, loss_weights))
+            loss = self._loss(*taught, num_items_in_batch)
+        if not is_training_step or output_word_logits or output_hash_logits:
             kept = hidden[
                 :, slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
             ]
             hash_logits = self.lm_head(kept)
-            if labels is None or output_word_logits:
+            if not is_training_step or output_word_logits:
                 is_tail = isinstance(logits_to_keep, int)
                 logits = self.word_logits(hash_logits, words if is_tail else None, context)
         result = CausalLMOutputWithPast(
@@ -430,11 +437,12 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
 
     def _loss(
         self,
+        words: WordsInIds | None,
         hidden: Tensor,
         input_ids: Tensor | None,
-        words: WordsInIds | None,
         labels: Tensor,
         has_context: Tensor,
+        document: Tensor,
         loss_weights: Tensor | None,
         num_items_in_batch: float | Tensor | None,
     ) -> Tensor:
@@ -453,7 +461,8 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         if self.config.objective == "bce":
             slots = int(words.is_final[:, 1:].sum())
             return self._bce_loss(states, targets, words, weight, slots, num_items_in_batch)
-        return self._dictionary_loss(states, targets, words, weight, num_items_in_batch)
+        is_seen = seen_spelled_words(words, document, counted)
+        return self._dictionary_loss(states, targets, words, is_seen, weight, num_items_in_batch)
 
     def _bce_loss(
         self,
@@ -490,6 +499,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         states: Tensor,
         targets: Tensor,
         words: WordsInIds,
+        is_seen: Tensor,
         weight: Tensor,
         num_items_in_batch: float | Tensor | None,
     ) -> Tensor:
@@ -508,6 +518,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
             torch.cat([candidates, words.numbers[is_spelled]]),
             torch.cat([log_inclusion, log_inclusion.new_zeros(int(is_spelled.sum()))]),
             weight,
+            is_seen,
         )
         counted = weight.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(total)
         return total / counted.clamp(min=1e-8)
@@ -677,16 +688,47 @@ class TFreeForSequenceClassification(GenericForSequenceClassification, TFreePreT
         self.post_init()
 
 
-def _has_context(
+def _contexts(
     hidden: Tensor, words: WordsInIds | None, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> Tensor:
-    """Mark the ids with a visible word of their document before them, to be predicted from: bool [B, L]."""
+) -> tuple[Tensor, Tensor]:
+    """What each id can be predicted from.
+
+    Returns:
+        bool [B, L], whether a visible word of its document stands before it, and int64 [B, L], which document of its
+        row it belongs to.
+    """
     visible = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     if words is not None:
         visible = words.is_final[:, -hidden.shape[1] :]
     if attention_mask is not None and attention_mask.ndim == 2:
         visible = visible & attention_mask[:, -hidden.shape[1] :].bool()
-    return words_before(visible, None if position_ids is None else _document_starts(position_ids)) > 0
+    if position_ids is None:
+        return words_before(visible) > 0, torch.zeros_like(visible, dtype=torch.long)
+    starts = _document_starts(position_ids).expand(visible.shape)
+    return words_before(visible, starts) > 0, starts.long().cumsum(1)
+
+
+def _unshift(
+    hidden: Tensor,
+    input_ids: Tensor | None,
+    shift_labels: Tensor,
+    has_context: Tensor,
+    document: Tensor,
+    loss_weights: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    """Put targets that stand under the states that predict them one place on, where labels stand: all [B, L + 1]."""
+    if shift_labels.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"shift_labels must have the shape of input_ids {tuple(hidden.shape[:2])}, got {tuple(shift_labels.shape)}."
+        )
+    return (
+        torch.cat([hidden, hidden[:, -1:]], 1),
+        None if input_ids is None else nn.functional.pad(input_ids, (0, 1)),
+        nn.functional.pad(shift_labels, (1, 0), value=-100),
+        nn.functional.pad(has_context, (0, 1), value=True),
+        torch.cat([document, document[:, -1:]], 1),
+        None if loss_weights is None else nn.functional.pad(loss_weights, (1, 0)),
+    )
 
 
 def whole_context(input_ids: Tensor, past_key_values: Any, context_ids: Tensor | None) -> Tensor:
@@ -726,7 +768,7 @@ def _hide_inside(attention_mask: Tensor | None, is_final: Tensor, length: int) -
 
 
 def _check_prepared_mask(attention_mask: Tensor, is_final: Tensor, length: int) -> Tensor:
-    """Refuse a 4-D mask that shows bytes inside words; return which of the ids are visible to themselves: bool [B, L]."""
+    """Refuse a 4-D mask that shows bytes inside words; return which ids are visible to themselves: bool [B, L]."""
     visible = attention_mask
     if visible.dtype != torch.bool:
         visible = visible > torch.finfo(visible.dtype).min / 2

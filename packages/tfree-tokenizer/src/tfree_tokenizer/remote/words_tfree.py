@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import repeat
-from typing import Literal
+from typing import Literal, TypeVar
 
 from .characters_tfree import (
     JOINER,
@@ -27,8 +27,8 @@ from .characters_tfree import (
     spaces_around,
 )
 
-
 SpecialSyntax = Literal["registered", "any"]
+PackName = TypeVar("PackName", str, int)
 
 NO_SPACE = "<|no_ws|>"
 _PACK_SIZES = {"v1": (4, 2, 1), "v2": (16, 8, 4, 2, 1)}
@@ -331,9 +331,9 @@ def _with_markers(words: Sequence[str], ruleset: Ruleset) -> list[str]:
     return marked
 
 
-def pack(length: int, packs: dict[int, str]) -> list[str]:
+def pack(length: int, packs: dict[int, PackName]) -> list[PackName]:
     """Write a run as few packs, the longest first: 9 becomes 4, 4, 1."""
-    packed: list[str] = []
+    packed: list[PackName] = []
     for size, marker in packs.items():
         packed.extend(repeat(marker, length // size))
         length %= size
@@ -351,7 +351,7 @@ def check_ruleset(ruleset: str) -> None:
         raise ValueError(f'ruleset must be "v1" or "v2", got {ruleset!r}.')
 
 
-def check_max_word_bytes(max_word_bytes: int | None) -> None:
+def check_max_word_bytes(max_word_bytes: object) -> None:
     """Raise ValueError unless every code point fits: four bytes at least, or None for no limit."""
     if max_word_bytes is None:
         return

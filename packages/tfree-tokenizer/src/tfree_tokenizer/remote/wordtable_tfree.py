@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
 LANE = 8
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _FOLD = np.uint64(0xD6E8FEB86659FD93)
@@ -39,7 +38,9 @@ class Keys:
         long = self.num_more.nonzero()[0]
         offsets = LANE + LANE * ranges(np.zeros_like(long), self.num_more.take(long))
         number = self.num_more.take(long)
-        self.more = _read(lanes, starts.take(long).repeat(number) + offsets, lengths.take(long).repeat(number) - offsets)
+        self.more = _read(
+            lanes, starts.take(long).repeat(number) + offsets, lengths.take(long).repeat(number) - offsets
+        )
         """uint64 [sum(num_more)]."""
         self.hashes = _read(lanes, starts, lengths) * _MIX
         """uint64 [K]. Two strings of at most one lane never share a hash: every step is a bijection of the lane."""
