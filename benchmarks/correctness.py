@@ -138,7 +138,7 @@ def _check_scores(dtype: str, options: Options) -> Pairs:
         yield f"{mode} scores", scores[:, chosen], want
         yield f"{mode} gradient of z", *_score_gradients(z, words, settings)
         k = min(50, len(dictionary))
-        values, indices, total = decode_topk(z, *dictionary.tensors(), k, **settings)
+        values, indices, total = decode_topk(z, *dictionary.tensors(), k=k, **settings)
         want_values, _, want_total = decode_topk_reference(scores.double(), k)
         yield f"{mode} top-k values", values, want_values
         yield f"{mode} scores of the top-k words", scores.gather(1, indices), want_values
@@ -160,7 +160,7 @@ def _score_gradients(z: Tensor, words: FactoredDictionary, settings: dict[str, A
 
 def _check_hash(_: str, options: Options) -> Pairs:
     trigrams = torch.arange(0, 2**24, 2**24 // (50 if options.quick else 5000))
-    settings = {"table_size": 8000, "num_hashes": 10, "num_lowercase": 3, "seed": 7}
+    settings: dict[str, Any] = {"table_size": 8000, "num_hashes": 10, "num_lowercase": 3, "seed": 7}
     yield "rows", mix32_rows(trigrams.to(options.device), **settings), mix32_rows_reference(trigrams, **settings)
 
 

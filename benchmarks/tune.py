@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ def candidates(config: Any) -> Iterator[Any]:
                 yield config._replace(**{name: value})
 
 
-def tune_row(kernel: ModuleType, index: int, call: Call) -> list[tuple[float, Any]]:
+def tune_row(kernel: Any, index: int, call: Call) -> list[tuple[float, Any]]:
     """Seconds of every candidate for row `index` of the kernel's table, fastest first; one that fails is left out."""
     table = kernel.CONFIGS
     timed = []

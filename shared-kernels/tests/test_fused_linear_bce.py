@@ -29,7 +29,7 @@ def case(N, V, D, longest=4, dtype=torch.float32, index=torch.int32):
 def assert_equal_with_gradients(actual, expected, inputs, tolerance):
     torch.testing.assert_close(actual.double(), expected, **tolerance)
     for ours, theirs in zip(*(torch.autograd.grad(loss, inputs) for loss in (actual, expected)), strict=True):
-        size = float(theirs.abs().max()) if theirs.numel() else 1.0
+        size = float(theirs.abs().max()) if theirs.any() else 1.0
         torch.testing.assert_close(ours / size, theirs / size, **tolerance)
 
 
@@ -187,9 +187,7 @@ def test_a_compiled_graph_has_no_breaks_and_the_same_gradients(impl):
     x, weight, *positives, row_weight = case(6, 9, 4)
 
     def function(x, weight, row_weight):
-        return fused_linear_bce(
-            x, weight, *positives, pos_weight=2.0, row_weight=row_weight, chunk_rows=4, impl=impl
-        )
+        return fused_linear_bce(x, weight, *positives, pos_weight=2.0, row_weight=row_weight, chunk_rows=4, impl=impl)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     inputs = [x, weight, row_weight]

@@ -63,7 +63,7 @@ def _register_topk(words: str, B: int) -> None:
         k = min(K, len(factored))
 
         def ours() -> list[Tensor]:
-            found = decode_topk(z, *factored.tensors(), k, mode="contrast", edge_weight=EDGE_WEIGHT)
+            found = decode_topk(z, *factored.tensors(), k=k, mode="contrast", edge_weight=EDGE_WEIGHT)
             return [found[0], found[2]]
 
         def scores_then_topk(scores: Tensor) -> list[Tensor]:

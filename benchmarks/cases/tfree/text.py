@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.corpus import Corpus, corpus
 from benchmarks.harness import Case, Fact, Options, register
 from benchmarks.peers import OriginalEncoder
-from tfree_tokenizer import TFreeTokenizer, build_dictionary
+from tfree_tokenizer import TFreeTokenizer, build_dictionary, structural_words
 from tfree_tokenizer.remote.lookup_tfree import WordLookup
 
 BPE_ENTRIES = 16_000
@@ -88,10 +88,11 @@ def _register_inner(shape: str, name: str) -> None:
         ours, bpe = tokenizer_for(name, options.quick, options.texts), bpe_for(name, options.quick, options.texts)
         lookup = WordLookup(
             ours.dictionary_words,
-            first_structural_id=ours.first_structural_id,
+            first_structural_id=ours.first_byte_id - len(structural_words(ours.ruleset)),
             ruleset=ours.ruleset,
             max_word_bytes=ours.max_word_bytes,
         )
+        known = {word: number for number, word in enumerate(ours.dictionary_words)}
         return Case(
             name=full_name,
             ours=lambda: [encoded.ids for encoded in lookup.encode(documents)],
@@ -103,6 +104,11 @@ def _register_inner(shape: str, name: str) -> None:
                 "ours": lambda ids: [ours.decode(one.tolist()) for one in ids],
                 "tokenizers encode_batch": lambda ids: [bpe.decode(one) for one in ids],
                 "tokenizers encode_batch_fast": lambda ids: [bpe.decode(one) for one in ids],
+            },
+            others={
+                "one regex, one dict probe": lambda: [
+                    list(map(known.get, OriginalEncoder.SPLIT.findall(document))) for document in documents
+                ]
             },
             bytes=size,
             size={"texts": len(documents), "bytes": size},
@@ -125,8 +131,11 @@ def ids_per_word(options: Options) -> list[Fact]:
         documents, _ = _documents("docs", name, options)
         words = sum(len(document.split()) for document in documents)
         ours, bpe = tokenizer_for(name, options.quick, options.texts), bpe_for(name, options.quick, options.texts)
+        ids = [i for one in ours(documents)["input_ids"] for i in one]
         counts = {
-            "ours": sum(len(ids) for ids in ours(documents)["input_ids"]),
+            "ours": len(ids),
+            "ours, of which bytes": sum(ours.first_byte_id <= i < ours.first_word_id for i in ids),
+            "ours, of which structural": sum(i < ours.first_byte_id for i in ids),
             "HF BPE 16k": sum(len(e.ids) for e in bpe.encode_batch(documents)),
         }
         for who, count in counts.items():

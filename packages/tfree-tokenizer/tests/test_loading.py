@@ -251,9 +251,7 @@ FIELDS = [
 ]
 
 
-@settings(
-    max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
-)
+@settings(max_examples=80, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(field=st.sampled_from(FIELDS), value=anything)
 def test_any_value_of_a_field_is_accepted_or_refused_by_file(folder, field, value):
     from tfree_tokenizer.loading import find_config

@@ -61,7 +61,7 @@ def test_a_damaged_dictionary_names_file_and_entry(read_dictionary, tmp_path, na
 
 
 @settings(
-    max_examples=200, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+    max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
 )
 @given(
     data=st.binary(max_size=60) | st.text('[]{},:"ab1-\t\n', max_size=60).map(str.encode),

@@ -61,7 +61,8 @@ class TextStatistics:
 
 def list_tokens(text: str, tokenizer: "TFreeTokenizer") -> list[Token]:
     """Encode a text and say what every id stands for."""
-    words, first, whole = tokenizer.words_by_id(), tokenizer.first_byte_id, tokenizer.special_word_ids()
+    words, whole = tokenizer.words_by_id(), tokenizer.special_word_ids()
+    first, first_marker = tokenizer.first_byte_id, _first_marker(tokenizer)
     tokens: list[Token] = []
     inside: list[int] = []
     for index in _encode(text, tokenizer).tolist():
@@ -73,7 +74,7 @@ def list_tokens(text: str, tokenizer: "TFreeTokenizer") -> list[Token]:
             data = bytes((i - first) % 256 for i in (*inside, index))
             tokens.append(Token(text=data.decode("utf-8", "surrogatepass"), ids=(*inside, index), kind="spelled"))
         else:
-            is_marker = tokenizer.first_structural_id <= index < first
+            is_marker = first_marker <= index < first
             kind: TokenKind = "marker" if is_marker else "special" if index in whole else "word"
             tokens.append(Token(text=word, ids=(index,), kind=kind))
         inside = []
@@ -110,10 +111,15 @@ def measure_text(text: str, tokenizer: "TFreeTokenizer | None", ruleset: Ruleset
         num_tokens=len(ids) - num_inside,
         num_ids=len(ids),
         num_spelled=int(((ids >= first + 256) & (ids < first + 512)).sum()),
-        num_markers=int(((ids >= tokenizer.first_structural_id) & (ids < first)).sum()),
+        num_markers=int(((ids >= _first_marker(tokenizer)) & (ids < first)).sum()),
     )
 
 
 def _encode(text: str, tokenizer: "TFreeTokenizer") -> np.ndarray:
     """Ids of a text of any length, int64 [N]."""
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+
+
+def _first_marker(tokenizer: "TFreeTokenizer") -> int:
+    """The ids of spacing end where those of bytes begin."""
+    return tokenizer.first_byte_id - len(structural_words(tokenizer.ruleset))

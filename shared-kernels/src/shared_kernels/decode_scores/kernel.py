@@ -260,7 +260,8 @@ def decode_topk_kernel(
     largest = tl.max(s, axis=0)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     place = row * tl.num_programs(0) + block
-    tl.store(logsumexp_ptr + place, shift + tl.log(tl.sum(tl.exp(s - shift), axis=0)))
+    total = tl.sum(tl.exp(s - shift), axis=0)  # at least 1, unless there is no word; NaN stays NaN
+    tl.store(logsumexp_ptr + place, largest + tl.log(tl.where(total < 1.0, 1.0, total)))
 
     index = tl.where(w < W, w.to(tl.int32), _NO_WORD)
     s = tl.where(s != s, float("inf"), s)  # NaN first, as torch.sort has it

@@ -68,6 +68,12 @@ def character_table(ruleset: Ruleset) -> np.ndarray:
     return table
 
 
+@lru_cache(maxsize=2)
+def character_bytes(ruleset: Ruleset) -> bytes:
+    """Return `character_table` as bytes, of which single ones are quicker to get at."""
+    return character_table(ruleset).tobytes()
+
+
 def _set_blocks(table: np.ndarray, blocks: tuple[tuple[int, int], ...], kind: int) -> None:
     for first, last in blocks:
         table[first : last + 1] = kind

@@ -25,6 +25,7 @@ from .characters_tfree import (
     SPACE,
     SPACELESS,
     Ruleset,
+    character_bytes,
     character_table,
 )
 from .words_tfree import word_starts_v2
@@ -93,7 +94,7 @@ def _classes(text: str, ruleset: Ruleset) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _ascii_classes(ruleset: Ruleset) -> bytes:
-    return character_table(ruleset)[:256].tobytes()
+    return character_bytes(ruleset)[:256]
 
 
 def _run_starts(classes: np.ndarray, whole: np.ndarray) -> np.ndarray:

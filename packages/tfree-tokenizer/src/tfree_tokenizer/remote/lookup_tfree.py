@@ -251,7 +251,8 @@ def _join(texts: Sequence[str], fixed: Sequence[Sequence[Fixed]] | None) -> _Joi
         text_ends.append(len(at_borders))
         at_borders.append(None)
     lengths = np.fromiter(map(len, segments), dtype=np.int64, count=len(segments))
-    borders = np.append(0, np.cumsum(lengths + 1))
+    borders = np.zeros(len(segments) + 1, dtype=np.int64)
+    np.cumsum(lengths + 1, out=borders[1:])
     return _Joined("\0".join(["", *segments, ""]), borders, at_borders, text_ends, origins)
 
 
@@ -262,7 +263,7 @@ class _Output:
         """Make room for `counts` `[M]` ids per item, and one more before each glued item."""
         total = counts.copy()
         total[items.glued] += 1
-        ends = np.cumsum(total)
+        ends = total.cumsum()
         self.position = ends - counts
         """int64 [M], where the ids of each item begin."""
         self.ids = np.empty(ends[-1], dtype=np.int64)
@@ -278,6 +279,8 @@ class _Output:
 
     def put_packs(self, rows: np.ndarray, length: np.ndarray, packs: dict[int, int]) -> None:
         """Write runs of spacing: as many of the longest pack as fit, then at most one of each shorter one."""
+        if not len(rows):
+            return
         where, start = self.position.take(rows), self._starts.take(rows)
         (longest, longest_id), *shorter = packs.items()
         repeats = length // longest
@@ -289,6 +292,8 @@ class _Output:
             where, start = where + repeats, start + repeats * longest
         for size, index in shorter:
             has = (length & size).nonzero()[0]
+            if not len(has):
+                continue
             self.put(where.take(has), index, start.take(has), size)
             where[has] += 1
             start[has] += size
@@ -297,7 +302,10 @@ class _Output:
 def _count_packs(length: np.ndarray, packs: dict[int, int]) -> np.ndarray:
     """Return how many packs `pack` writes for each length; sizes are powers of two."""
     longest, *shorter = packs
-    return length // longest + sum((length & size) != 0 for size in shorter)
+    count = length // longest
+    for size in shorter if len(length) else ():
+        count += (length & size) != 0
+    return count
 
 
 def _bytes_of(text: str) -> tuple[np.ndarray, np.ndarray | None]:

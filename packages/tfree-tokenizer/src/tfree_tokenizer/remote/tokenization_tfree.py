@@ -20,7 +20,7 @@ from .patterns_tfree import fingerprint_words
 from .saving_tfree import staged_folder
 from .vocabulary_tfree import Vocabulary
 from .wordlist_tfree import WORDS_FILE, check_word_types, check_words, read_words, write_words
-from .words_tfree import Ruleset, SpecialSyntax, check_max_word_bytes, check_ruleset, spacing_of_markers
+from .words_tfree import Ruleset, SpecialSyntax, check_ruleset, checked_max_word_bytes, spacing_of_markers
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
@@ -87,8 +87,8 @@ class TFreeTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> None:
         check_ruleset(ruleset)
-        byte_limit = (None if ruleset == "v1" else 256) if max_word_bytes == _DEFAULT else max_word_bytes
-        check_max_word_bytes(byte_limit)
+        by_ruleset = None if ruleset == "v1" else 256
+        byte_limit = checked_max_word_bytes(by_ruleset if max_word_bytes == _DEFAULT else max_word_bytes)
         if chat_template == _DEFAULT:
             chat_template = None if words is None else CHAT_TEMPLATE
         kwargs |= {"eos_token": eos_token, "pad_token": pad_token}
