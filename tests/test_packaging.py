@@ -39,7 +39,7 @@ def test_the_wheel_holds_the_package_its_types_and_its_license_and_no_tests(dist
         license_text = archive.read(f"{info}/licenses/LICENSE").decode()
     assert f"{distribution.import_name}/py.typed" in names
     assert {name.partition("/")[0] for name in names} == {distribution.import_name, info}
-    assert not [name for name in names if "test" in name.rpartition("/")[2]]
+    assert not [name for name in names if name.rpartition("/")[2].startswith(("test_", "conftest"))]
     assert license_text == (ROOT / "LICENSE").read_text()
     on_disk = {path.relative_to(distribution.package.parent).as_posix() for path in distribution.package.rglob("*.py")}
     assert on_disk == {name for name in names if name.endswith(".py")}

@@ -41,6 +41,7 @@ class LoopbackHub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",  # else uploads ask for a service that only the real Hub has
+            "HF_HUB_USER_AGENT_ORIGIN": "tests",  # without telemetry and this, kernels 0.17 sends a malformed header
             "NO_PROXY": "127.0.0.1,localhost",
         }
 

@@ -1,13 +1,18 @@
 """Which characters and words of its input each id stands for: what fast tokenizers offer, for this one.
 
-transformers truncates and pads lists of ids without saying where they came from. So positions travel in place of ids, as
-numbers beyond every id, and are turned back afterwards.
+transformers truncates and pads lists of ids without saying where they came from. So positions travel in place of ids,
+as numbers beyond every id, and are turned back afterwards.
 """
 
 import bisect
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import BatchEncoding
+from transformers.utils import TensorType
 
 from .encoding_tfree import Located
+from .inputs_tfree import Inputs
 
 Span = tuple[int, int]
 _TAG = 1 << 40
@@ -26,7 +31,6 @@ class Alignment:
             inputs: the text, or the two texts of a pair.
             to_tokens: names ids.
         """
-        self._to_tokens = to_tokens
         self._ends = [[end for _, end in located.spans] for located in inputs]
         self.n_sequences = len(inputs)
         origins = [None if number < _TAG else divmod(number - _TAG, _TAG) for number in tagged]
@@ -35,6 +39,7 @@ class Alignment:
             number if origin is None else inputs[origin[0]].ids[origin[1]]
             for number, origin in zip(tagged, origins, strict=True)
         ]
+        self.tokens = to_tokens(self.ids)
         self.word_ids = [None if origin is None else inputs[origin[0]].words[origin[1]] for origin in origins]
         self.offsets = [(0, 0) if origin is None else inputs[origin[0]].spans[origin[1]] for origin in origins]
         self.special_tokens_mask = [int(origin is None) for origin in origins]
@@ -42,11 +47,6 @@ class Alignment:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def tokens(self) -> list[str]:
-        """Name every id."""
-        return self._to_tokens(self.ids)
 
     def token_to_sequence(self, index: int) -> int | None:
         """Return which of the two texts an id belongs to."""
@@ -85,10 +85,49 @@ class Alignment:
         return None if index is None else self.word_ids[index]
 
 
-def tags(located: Located, sequence: int) -> list[int]:
-    """Return a number for every id of the first (0) or second (1) text, to be passed through in its place."""
+def tagged(located: Located, sequence: int) -> list[int]:
+    """Return a number for every id of a first (0) or second (1) text, to be passed through in its place."""
     first = _TAG * (sequence + 1)
     return list(range(first, first + len(located.ids)))
+
+
+def restore(
+    encoded: BatchEncoding,
+    located: Inputs,
+    to_tokens: Callable[[list[int]], list[str]],
+    wants_spans: bool,
+    return_tensors: str | TensorType | None,
+) -> BatchEncoding:
+    """Put the ids back, and add what is known about them.
+
+    Args:
+        encoded: what transformers made of the tagged numbers, as lists.
+        located: the inputs, texts replaced by `Located`.
+        to_tokens: names ids.
+        wants_spans: add `offset_mapping`.
+        return_tensors: what the lists shall become.
+    """
+    data = dict(encoded)
+    second = located.second or [None] * len(located.first)
+    pairs = [[x for x in pair if x is not None] for pair in zip(located.first, second, strict=True)]
+
+    def rows(name: str) -> list[Alignment]:
+        values = data[name] if located.is_batched else [data[name]]
+        return [Alignment(row, texts, to_tokens) for row, texts in zip(values, pairs, strict=True)]
+
+    def unbatched(values: list[Any]) -> Any:
+        return values if located.is_batched else values[0]
+
+    alignments = rows("input_ids")
+    data["input_ids"] = unbatched([alignment.ids for alignment in alignments])
+    if wants_spans:
+        data["offset_mapping"] = unbatched([alignment.offsets for alignment in alignments])
+    if return_tensors:  # as transformers does: what overflows has no common length
+        data.pop("overflowing_tokens", None)
+        data.pop("num_truncated_tokens", None)
+    elif "overflowing_tokens" in data:
+        data["overflowing_tokens"] = unbatched([row.ids for row in rows("overflowing_tokens")])
+    return BatchEncoding(data, alignments, return_tensors, prepend_batch_axis=not located.is_batched)
 
 
 def join_located(parts: Sequence[Located]) -> Located:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 
-
 Ruleset = Literal["v1", "v2"]
 
 OTHER, LETTER, SPACE, LINE_BREAK = 0, 1, 2, 3
@@ -27,7 +26,7 @@ _BLANKS_V2 = "\t\r\u00a0\u3000"
 
 CODE_POINTS = 0x110000
 
-# Scripts written without spaces, by block: Thai, Lao, Myanmar, Khmer, then the East Asian blocks with their punctuation.
+# Scripts written without spaces, by block: Thai, Lao, Myanmar, Khmer, then East Asian blocks with their punctuation.
 _SPACELESS_BLOCKS = (
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x19E0, 0x19FF), (0xA9E0, 0xA9FF), (0xAA60, 0xAA7F),
     (0x116D0, 0x116FF),
@@ -67,6 +66,12 @@ def character_table(ruleset: Ruleset) -> np.ndarray:
     table[[ord(c) for c in no_space_before]] |= NO_SPACE_BEFORE
     table.flags.writeable = False
     return table
+
+
+@lru_cache(maxsize=2)
+def character_bytes(ruleset: Ruleset) -> bytes:
+    """Return `character_table` as bytes, of which single ones are quicker to get at."""
+    return character_table(ruleset).tobytes()
 
 
 def _set_blocks(table: np.ndarray, blocks: tuple[tuple[int, int], ...], kind: int) -> None:

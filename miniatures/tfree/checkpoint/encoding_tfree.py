@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .lookup_tfree import Fixed, WordLookup
+from .lookup_tfree import Encoded, Fixed, WordLookup
 from .words_tfree import SpecialFinder, SpecialSyntax
 
 NUMPY_FROM = {"v1": 4000, "v2": 1000}
@@ -50,14 +50,14 @@ class TextEncoder:
     def locate(self, texts: Sequence[str], *, split_special_tokens: bool = False) -> list[Located]:
         """Like `encode`, with the characters and words that the ids stand for."""
         fixed = None if split_special_tokens else self._fixed(texts)
-        located = []
-        for encoded in self.lookup.encode(texts, fixed, with_spans=True):
-            first = self.lookup.first_byte_id
-            ends_word = (encoded.ids < first) | (encoded.ids >= first + 256)
-            words = np.cumsum(ends_word) - ends_word
-            spans = [(start, end) for start, end in encoded.spans.tolist()]
-            located.append(Located(encoded.ids.tolist(), spans, words.tolist()))
-        return located
+        return [self._located(encoded) for encoded in self.lookup.encode(texts, fixed, with_spans=True)]
+
+    def _located(self, encoded: Encoded) -> Located:
+        first = self.lookup.first_byte_id
+        ends_word = (encoded.ids < first) | (encoded.ids >= first + 256)
+        words: np.ndarray = np.cumsum(ends_word) - ends_word
+        spans = [] if encoded.spans is None else [(start, end) for start, end in encoded.spans.tolist()]
+        return Located(encoded.ids.tolist(), spans, words.tolist())
 
     def _fixed(self, texts: Sequence[str]) -> list[list[Fixed]] | None:
         """Find the special tokens of every text; None if there are none at all."""

@@ -1,6 +1,7 @@
 """Where the words of a text begin and end, found for all of it at once with numpy.
 
-Characters become classes through a table; comparing the classes of neighbors gives the items: words and runs of spacing.
+Characters become classes through a table; comparing the classes of neighbors gives the items, that is words and runs
+of spacing.
 """
 
 from collections.abc import Sequence
@@ -24,10 +25,10 @@ from .characters_tfree import (
     SPACE,
     SPACELESS,
     Ruleset,
+    character_bytes,
     character_table,
 )
 from .words_tfree import word_starts_v2
-
 
 SPACE_CLASS = SPACE | RUN | NO_SPACE_AFTER | NO_SPACE_BEFORE
 LINE_BREAK_CLASS = LINE_BREAK | RUN | NO_SPACE_AFTER | NO_SPACE_BEFORE
@@ -93,7 +94,7 @@ def _classes(text: str, ruleset: Ruleset) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _ascii_classes(ruleset: Ruleset) -> bytes:
-    return character_table(ruleset)[:256].tobytes()
+    return character_bytes(ruleset)[:256]
 
 
 def _run_starts(classes: np.ndarray, whole: np.ndarray) -> np.ndarray:

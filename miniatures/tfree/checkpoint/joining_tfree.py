@@ -2,7 +2,6 @@
 
 from .words_tfree import Ruleset, expects_space
 
-
 _REPLACEMENT = "\ufffd"
 
 

@@ -1,10 +1,12 @@
 """Text to ids. Many texts are one pass of numpy; a short text takes the regular expression and a dict.
 
-Both ways give the same ids. Ids are laid out as specials, structural words, bytes inside a word, last bytes, dictionary.
+Both ways give the same ids.
 """
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -12,7 +14,6 @@ from .characters_tfree import Ruleset
 from .items_tfree import BORDER_CLASS, LINE_BREAK_CLASS, SPACE_CLASS, Items, find_items
 from .words_tfree import NO_SPACE, cut_word, line_packs, pack, space_packs, split_unmarked, structural_words
 from .wordtable_tfree import Keys, WordTable, ranges, utf8_starts
-
 
 CHUNK_CHARACTERS = 1 << 18
 """Texts are encoded together up to this length, so that the arrays of a pass stay in the cache."""
@@ -35,8 +36,7 @@ class Encoded:
     """int64 [N]."""
 
     spans: np.ndarray | None
-    """int64 [N, 2], start and end of the characters an id stands for: none for a missing space, for a byte its character.
-    """
+    """int64 [N, 2], the characters an id stands for: none for a missing space, for a byte the one it belongs to."""
 
 
 class WordLookup:
@@ -79,7 +79,7 @@ class WordLookup:
         """Return the ids of a text without special tokens, by regular expression and dict."""
         words = split_unmarked(text, self.ruleset, self._max_word_bytes)
         ids = list(map(self._known_ids().get, words))
-        return ids if None not in ids else list(self._spell_unknown(words, ids))
+        return list(self._spell_unknown(words, ids)) if None in ids else cast("list[int]", ids)
 
     def encode(
         self, texts: Sequence[str], fixed: Sequence[Sequence[Fixed]] | None = None, *, with_spans: bool = False
@@ -156,9 +156,11 @@ class WordLookup:
         limit = self._max_word_bytes
         if limit is None:
             return items
-        is_long = (4 * (items.end - items.start) > limit) & (items.kind != SPACE_CLASS) & (items.kind != LINE_BREAK_CLASS)
+        is_long = (
+            (4 * (items.end - items.start) > limit) & (items.kind != SPACE_CLASS) & (items.kind != LINE_BREAK_CLASS)
+        )
         cuts: list[int] = []
-        for row in (is_long).nonzero()[0]:
+        for row in is_long.nonzero()[0]:
             start = int(items.start[row])
             for part in cut_word(joined.text[start : items.end[row]], limit)[:-1]:
                 start += len(part)
@@ -228,7 +230,7 @@ class _Joined:
         edges = [0, *position.take(self.text_ends).tolist()]
         return [
             Encoded(out.ids[first:last], None if out.spans is None else out.spans[first:last])
-            for first, last in zip(edges, edges[1:], strict=False)
+            for first, last in itertools.pairwise(edges)
         ]
 
 
@@ -249,7 +251,8 @@ def _join(texts: Sequence[str], fixed: Sequence[Sequence[Fixed]] | None) -> _Joi
         text_ends.append(len(at_borders))
         at_borders.append(None)
     lengths = np.fromiter(map(len, segments), dtype=np.int64, count=len(segments))
-    borders = np.append(0, np.cumsum(lengths + 1))
+    borders = np.zeros(len(segments) + 1, dtype=np.int64)
+    np.cumsum(lengths + 1, out=borders[1:])
     return _Joined("\0".join(["", *segments, ""]), borders, at_borders, text_ends, origins)
 
 
@@ -260,7 +263,7 @@ class _Output:
         """Make room for `counts` `[M]` ids per item, and one more before each glued item."""
         total = counts.copy()
         total[items.glued] += 1
-        ends = np.cumsum(total)
+        ends = total.cumsum()
         self.position = ends - counts
         """int64 [M], where the ids of each item begin."""
         self.ids = np.empty(ends[-1], dtype=np.int64)
@@ -276,15 +279,21 @@ class _Output:
 
     def put_packs(self, rows: np.ndarray, length: np.ndarray, packs: dict[int, int]) -> None:
         """Write runs of spacing: as many of the longest pack as fit, then at most one of each shorter one."""
+        if not len(rows):
+            return
         where, start = self.position.take(rows), self._starts.take(rows)
         (longest, longest_id), *shorter = packs.items()
         repeats = length // longest
         if repeats.any():
             inside = ranges(np.zeros_like(repeats), repeats)
-            self.put(np.repeat(where, repeats) + inside, longest_id, np.repeat(start, repeats) + inside * longest, longest)
+            self.put(
+                np.repeat(where, repeats) + inside, longest_id, np.repeat(start, repeats) + inside * longest, longest
+            )
             where, start = where + repeats, start + repeats * longest
         for size, index in shorter:
             has = (length & size).nonzero()[0]
+            if not len(has):
+                continue
             self.put(where.take(has), index, start.take(has), size)
             where[has] += 1
             start[has] += size
@@ -293,7 +302,10 @@ class _Output:
 def _count_packs(length: np.ndarray, packs: dict[int, int]) -> np.ndarray:
     """Return how many packs `pack` writes for each length; sizes are powers of two."""
     longest, *shorter = packs
-    return length // longest + sum((length & size) != 0 for size in shorter)
+    count = length // longest
+    for size in shorter if len(length) else ():
+        count += (length & size) != 0
+    return count
 
 
 def _bytes_of(text: str) -> tuple[np.ndarray, np.ndarray | None]:

@@ -128,6 +128,7 @@ def composed_softmax_loss(
     output_words: Tensor,
     log_inclusion: Tensor | None = None,
     row_weight: Tensor | None = None,
+    is_candidate: Tensor | None = None,
 ) -> Tensor:
     """`dictionary_loss` from hidden states: a word's score is linear, hidden . (its head rows summed / m).
 
@@ -142,6 +143,7 @@ def composed_softmax_loss(
         output_words: int64 [C], word numbers of the candidates.
         log_inclusion: [C], log q of each candidate. None: all were certain.
         row_weight: [N] factors of the positions. None: ones.
+        is_candidate: bool [N, J], at which positions the last J candidates take part. None: everywhere.
 
     Returns:
         0-dim tensor, SUM over positions, in nats.
@@ -150,9 +152,12 @@ def composed_softmax_loss(
     bias = hidden.new_zeros(outputs.shape[0]) if log_inclusion is None else -log_inclusion.to(hidden.dtype)
     total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     weights = hidden.new_ones(hidden.shape[0]) if row_weight is None else row_weight
-    for start in range(0, hidden.shape[0], rows_per_chunk):
+    if is_candidate is None:
+        is_candidate = targets.new_ones(hidden.shape[0], 0, dtype=torch.bool)
+    for start in range(0, max(1, hidden.shape[0]), rows_per_chunk):  # once even without positions, for zero gradients
         here = slice(start, start + rows_per_chunk)
-        arguments = (hidden[here], outputs, bias, targets[here], target_outputs[here], output_words, weights[here])
+        own = (targets[here], target_outputs[here], weights[here], is_candidate[here])
+        arguments = (hidden[here], outputs, bias, output_words, *own)
         if hidden.shape[0] <= rows_per_chunk:
             return total + _softmax_chunk(*arguments)
         total = total + checkpoint(_softmax_chunk, *arguments, use_reentrant=False)
@@ -198,13 +203,16 @@ def _softmax_chunk(
     hidden: Tensor,
     outputs: Tensor,
     bias: Tensor,
+    output_words: Tensor,
     targets: Tensor,
     target_outputs: Tensor,
-    output_words: Tensor,
     row_weight: Tensor,
+    is_candidate: Tensor,
 ) -> Tensor:
     own = (hidden * target_outputs).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))  # [n]
     others = (hidden @ outputs.T).to(own.dtype) + bias.to(own.dtype)  # [n, C]
-    others = others.masked_fill(output_words == targets[:, None], torch.finfo(own.dtype).min)
+    is_left_out = output_words == targets[:, None]
+    is_left_out[:, others.shape[1] - is_candidate.shape[1] :] |= ~is_candidate
+    others = others.masked_fill(is_left_out, torch.finfo(own.dtype).min)
     partition = torch.logaddexp(others.logsumexp(1), own) if outputs.shape[0] else own
     return ((partition - own) * row_weight.to(own.dtype)).sum()

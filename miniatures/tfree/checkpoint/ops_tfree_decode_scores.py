@@ -32,6 +32,7 @@ class _Rule(NamedTuple):
     edge_weight: float
     temperature: float
     rows_per_unit: int
+    dtype: torch.dtype
 
 
 class _Sums(NamedTuple):
@@ -74,7 +75,7 @@ def decode_scores_eager(
     Returns:
         `[B, W]` float32 (float64 for float64 logits). Words without units get the smallest finite number.
     """
-    rule = _Rule(mode, edge_weight, temperature, unit_rows.shape[1])
+    rule = _Rule(mode, edge_weight, temperature, unit_rows.shape[1], _score_dtype(z))
     words = _Dictionary(word_ptr, word_units, word_edges, correction_ptr, correction_rows, correction_kinds)
     sums = _sum_units(z, unit_rows, mode, pos_weight)
     return _score_words(sums, words, rule)
@@ -107,7 +108,7 @@ def decode_topk_eager(
         `values` `[B, k]` in descending order, `indices` `[B, k]` int64 (the lower one first among equal scores), and
         `logsumexp` `[B]` over all words, so that `values - logsumexp[:, None]` are log-probabilities.
     """
-    rule = _Rule(mode, edge_weight, temperature, unit_rows.shape[1])
+    rule = _Rule(mode, edge_weight, temperature, unit_rows.shape[1], _score_dtype(z))
     words = _Dictionary(word_ptr, word_units, word_edges, correction_ptr, correction_rows, correction_kinds)
     sums = _sum_units(z, unit_rows, mode, pos_weight)
     B, W = z.shape[0], word_ptr.numel() - 1
@@ -125,8 +126,12 @@ def decode_topk_eager(
     return best, best_index, normalizer
 
 
+def _score_dtype(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
 def _sum_units(z: Tensor, unit_rows: Tensor, mode: Mode, pos_weight: float) -> _Sums:
-    values = z if z.dtype == torch.float64 else z.float()
+    values = z.to(_score_dtype(z))
     values = values - math.log(pos_weight) if mode == "loglik" else torch.sigmoid(values)
     # not .contiguous(): that keeps the strides of a one-column transpose, with which embedding_bag is 25 times slower
     rows = values.T.clone(memory_format=torch.contiguous_format)  # [V, B]
@@ -136,10 +141,8 @@ def _sum_units(z: Tensor, unit_rows: Tensor, mode: Mode, pos_weight: float) -> _
 
 def _score_words(sums: _Sums, words: _Dictionary, rule: _Rule) -> Tensor:
     word_ptr = words.word_ptr.to(words.word_units.dtype)
-    s = _GatherSum.apply(word_ptr, words.word_units, sums.units, None)  # [W, B]
+    s = _GatherSum.apply(word_ptr, words.word_units, sums.units, _unit_factors(words, rule))  # [W, B]
     s = s - _corrections(sums.rows, words, rule)
-    if rule.mode != "loglik" and rule.edge_weight != 1.0:
-        s = s.add_(_edge_sums(sums.units, words), alpha=rule.edge_weight - 1.0)
     s = s.T.contiguous()  # [B, W]
     unit_counts = word_ptr.diff()  # [W]
     if rule.mode == "loglik":
@@ -155,14 +158,15 @@ def _score_words(sums: _Sums, words: _Dictionary, rule: _Rule) -> Tensor:
     return s.masked_fill_(unit_counts == 0, torch.finfo(s.dtype).min)
 
 
-def _edge_sums(units: Tensor, words: _Dictionary) -> Tensor:
-    """`[W, B]` sum of a word's edge units: its last one, if it has any, and the one before, if it has two."""
-    ends = words.word_ptr[1:].long()
-    if words.word_units.numel() == 0:
-        return units.new_zeros(ends.numel(), units.shape[1])
-    last, second = (units.index_select(0, words.word_units[(ends - back).clamp_min(0)]) for back in (1, 2))
-    has_one, has_two = ((words.word_edges >= count).to(units.dtype)[:, None] for count in (1, 2))
-    return torch.addcmul(last * has_one, second, has_two)
+def _unit_factors(words: _Dictionary, rule: _Rule) -> Tensor | None:
+    """`[nnz]` weights of all units: `edge_weight` for the last `word_edges` of each word. None stands for ones."""
+    if rule.mode == "loglik" or rule.edge_weight == 1.0:
+        return None
+    ends, edges, nnz = words.word_ptr[1:].long(), words.word_edges.long(), words.word_units.numel()
+    factors = torch.ones(nnz + 1, dtype=rule.dtype, device=ends.device)  # words without an edge unit meet in the last
+    for back in (1, 2):
+        factors.index_fill_(0, torch.where(edges >= back, ends - back, nnz), rule.edge_weight)
+    return factors[:nnz]
 
 
 def _corrections(rows: Tensor, words: _Dictionary, rule: _Rule) -> Tensor:

@@ -212,6 +212,10 @@ def _softplus_sums_then_sigmoid(z: Tensor) -> Tensor:
     is the dearest step, so four of them are taken at once through (1 - a)(1 - b) = 1 - (a + b - a b), which keeps a
     small t to full precision where that product itself would round to one. t <= 1/2, so four factors are >= 1/16.
     """
+    if torch.compiler.is_compiling():  # a compiler fuses the plain formula
+        sums = -F.logsigmoid(-z).sum(1)
+        z.sigmoid_()
+        return sums
     n, V = z.shape
     quarter = -(-V // 4)
     block = max(1, _BLOCK_ELEMENTS // max(1, V))

@@ -110,6 +110,29 @@ def words_before(is_counted: Tensor, starts: Tensor | None = None) -> Tensor:
     return count
 
 
+def seen_spelled_words(words: WordsInIds, document: Tensor, is_target: Tensor) -> Tensor:
+    """Find the spelled words that could be copied where each target is predicted.
+
+    Args:
+        words: T targets among other words, J distinct words of them spelled.
+        document: int64 [B, L], the packed document that each id belongs to.
+        is_target: bool [B, L - 1], whether id l + 1 is a target.
+
+    Returns:
+        bool [T, J]: word j stands in the target's document, before the target.
+    """
+    number_of = {data: i for i, data in enumerate(dict.fromkeys(word.data for word in words.spelled))}
+    row, before = is_target.nonzero(as_tuple=True)
+    if not number_of:
+        return is_target.new_zeros(row.shape[0], 0)
+    where = torch.tensor([(s.row, s.last, number_of[s.data]) for s in words.spelled], device=document.device)
+    documents = int(document.max()) + 1
+    first = document.new_full((document.shape[0] * documents, len(number_of)), document.shape[1])
+    place = (where[:, 0] * documents + document[where[:, 0], where[:, 1]]) * len(number_of) + where[:, 2]
+    first.view(-1).scatter_reduce_(0, place, where[:, 1], "amin")  # where each document has the word first
+    return first[row * documents + document[row, before + 1]] <= before[:, None]
+
+
 def copy_logits(
     logits: Tensor, scores: Tensor, words: WordsInIds, context_ids: Tensor, first_byte_id: int, floor: float
 ) -> Tensor:

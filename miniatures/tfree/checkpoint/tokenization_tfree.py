@@ -6,18 +6,21 @@ ids = [specials][structural words][256 bytes inside a word][256 last bytes][dict
 import operator
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+from transformers.utils import PaddingStrategy, TensorType
 
-from .alignment_tfree import Alignment, Tagged
+from .alignment_tfree import join_located, restore, tagged
+from .encoding_tfree import TextEncoder
+from .inputs_tfree import Inputs, is_plain_call
 from .joining_tfree import TextJoiner
-from .lookup_tfree import Fixed, WordLookup
+from .lookup_tfree import WordLookup
 from .patterns_tfree import fingerprint_words
 from .saving_tfree import staged_folder
 from .vocabulary_tfree import Vocabulary
 from .wordlist_tfree import WORDS_FILE, check_word_types, check_words, read_words, write_words
-from .words_tfree import Ruleset, SpecialFinder, SpecialSyntax, check_max_word_bytes, check_ruleset
+from .words_tfree import Ruleset, SpecialSyntax, check_ruleset, checked_max_word_bytes, spacing_of_markers
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
@@ -35,8 +38,6 @@ CHAT_TEMPLATE = (
 """Published chat format: every turn opens with <|begin_of_text|> and ends with <|endoftext|>."""
 
 _DEFAULT = "default"
-_NUMPY_FROM = {"v1": 4000, "v2": 1000}  # characters from which numpy is faster than a regular expression and a dict
-_TAG = 1 << 40  # beyond every id: stands for "position i of sequence s" while transformers truncates and pads
 
 
 class TFreeTokenizer(PreTrainedTokenizer):
@@ -67,6 +68,10 @@ class TFreeTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = {"vocab_file": WORDS_FILE}
     model_input_names = ["input_ids", "attention_mask"]
+    # Derived from words and added tokens, built when needed, see `_forget`.
+    _encoder: TextEncoder | None = None
+    _vocab: dict[str, int] | None = None
+    _fingerprint: str | None = None
 
     def __init__(
         self,
@@ -82,9 +87,8 @@ class TFreeTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> None:
         check_ruleset(ruleset)
-        if max_word_bytes == _DEFAULT:
-            max_word_bytes = None if ruleset == "v1" else 256
-        check_max_word_bytes(max_word_bytes)
+        by_ruleset = None if ruleset == "v1" else 256
+        byte_limit = checked_max_word_bytes(by_ruleset if max_word_bytes == _DEFAULT else max_word_bytes)
         if chat_template == _DEFAULT:
             chat_template = None if words is None else CHAT_TEMPLATE
         kwargs |= {"eos_token": eos_token, "pad_token": pad_token}
@@ -98,23 +102,22 @@ class TFreeTokenizer(PreTrainedTokenizer):
 
         source, words = _dictionary(words, vocab_file, kwargs.get("name_or_path"))
         self._base = Vocabulary(base_special_tokens, ruleset, words)
-        check_words(words, source, ruleset, max_word_bytes, base_special_tokens)
+        check_words(words, source, ruleset, byte_limit, base_special_tokens)
         self._base.check_added({index: str(token) for index, token in kwargs.get("added_tokens_decoder", {}).items()})
         self._added_tokens_decoder = {
             index: AddedToken(token, special=True, normalized=False) for index, token in enumerate(base_special_tokens)
         }
         known = {*named, *map(str, extra)}
-        self._forget()
         super().__init__(
             ruleset=ruleset,
-            max_word_bytes=max_word_bytes,
+            max_word_bytes=byte_limit,
             special_syntax=special_syntax,
             base_special_tokens=list(base_special_tokens),
             extra_special_tokens=[*(token for token in base_special_tokens if token not in known), *extra],
             chat_template=chat_template,
             **kwargs,
         )
-        self.ruleset, self.max_word_bytes, self.special_syntax = ruleset, max_word_bytes, special_syntax
+        self.ruleset, self.max_word_bytes, self.special_syntax = ruleset, byte_limit, special_syntax
         self.base_special_tokens = list(base_special_tokens)
 
     @property
@@ -143,7 +146,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
         return [*self._base.words_by_id(), *(token.content for index, token in added if index >= len(self._base))]
 
     def special_word_ids(self) -> frozenset[int]:
-        """Return the ids whose table rows come from the whole string: specials, structural words, tokens added later."""
+        """Return the ids whose rows come from the whole string: specials, structural words, tokens added later."""
         return frozenset(range(self.first_byte_id)) | frozenset(range(len(self._base), len(self)))
 
     @property
@@ -166,14 +169,11 @@ class TFreeTokenizer(PreTrainedTokenizer):
 
     def _forget(self) -> None:
         """Drop what is derived from the words and added tokens and built again when needed."""
-        self._lookup: WordLookup | None = None
-        self._finder: SpecialFinder | None = None
-        self._vocab: dict[str, int] | None = None
-        self._fingerprint: str | None = None
+        self._encoder = self._vocab = self._fingerprint = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out derived tables, so that copies are small and equal tokenizers pickle to equal bytes."""
-        return self.__dict__ | dict.fromkeys(("_lookup", "_finder", "_vocab", "_fingerprint"))
+        return self.__dict__ | dict.fromkeys(("_encoder", "_vocab", "_fingerprint"))
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
         if reserved := self._base.reserved.intersection(map(str, new_tokens)):
@@ -197,7 +197,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
         """Return the names of the ids of a text; a spelled word gives a name per byte."""
         if not self._takes_tokens_as_they_stand():
             return super().tokenize(text, **kwargs)
-        split = kwargs.get("split_special_tokens", self.split_special_tokens)
+        split = bool(kwargs.get("split_special_tokens", self.split_special_tokens))
         return self.convert_ids_to_tokens(self._text_encoder().encode([text], split_special_tokens=split)[0])
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
@@ -205,7 +205,9 @@ class TFreeTokenizer(PreTrainedTokenizer):
 
     def _takes_tokens_as_they_stand(self) -> bool:
         """False if an added token asks for more than to be found; transformers' own code knows what that means."""
-        return not any(token.lstrip or token.rstrip or token.single_word for token in self._added_tokens_decoder.values())
+        return not any(
+            token.lstrip or token.rstrip or token.single_word for token in self._added_tokens_decoder.values()
+        )
 
     def _text_encoder(self) -> TextEncoder:
         if self._encoder is None:
@@ -225,13 +227,180 @@ class TFreeTokenizer(PreTrainedTokenizer):
         wants_spans = kwargs.pop("return_offsets_mapping", False)
         if kwargs.get("sanitize_control_tokens"):  # such text carries marks that only transformers understands
             return super()._encode_plus(text, text_pair, **kwargs)
-        split_input = kwargs.pop("is_split_into_words", False)
-        batch = Batch.of(text, text_pair, split_input)
-        split = kwargs.get("split_special_tokens", self.split_special_tokens)
-        if wants_spans or split_input:
-            return self._encode_located(batch, split, wants_spans, kwargs)
+        is_split = kwargs.pop("is_split_into_words", False)
+        split_special_tokens = kwargs.pop("split_special_tokens", self.split_special_tokens)
+        inputs = Inputs.of(text, text_pair, is_split)
+        if wants_spans or (is_split and inputs.is_text and self._takes_tokens_as_they_stand()):
+            return self._encode_located(inputs, split_special_tokens, wants_spans, kwargs)
+        ids = inputs.replace_texts(lambda texts: self._ids_of(texts, split_special_tokens), _concatenate)
+        if ids.second is not None or not is_plain_call(kwargs, self.model_input_names):
+            return super()._encode_plus(*ids.arguments(), **kwargs)
+        return self._pad_only(ids, **kwargs)
 
-        ids = batch.replace_texts(lambda texts: self._ids_of(texts, split))
-        if ids.is_batched and not ids.has_pairs and _is_simple(kwargs):
-            return self._pad_only(ids.first, kwargs)
-        return super()._encode_plus(*ids.arguments(), **kwargs)
+    def _ids_of(self, texts: Sequence[str], split_special_tokens: bool) -> list[list[int]]:
+        if self._takes_tokens_as_they_stand():
+            return self._text_encoder().encode(texts, split_special_tokens=split_special_tokens)
+        tokens = (super(TFreeTokenizer, self).tokenize(t, split_special_tokens=split_special_tokens) for t in texts)
+        return [self.convert_tokens_to_ids(names) for names in tokens]
+
+    def _pad_only(
+        self,
+        ids: Inputs,
+        add_special_tokens: bool = True,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | TensorType | None = None,
+        return_attention_mask: bool | None = None,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """Do what transformers does to single sequences without truncation, without its cost per sequence."""
+        rows = [self.build_inputs_with_special_tokens(row) if add_special_tokens else row for row in ids.first]
+        for row in rows:
+            self._eventual_warn_about_too_long_sequence(row, max_length, verbose)
+        data = {"input_ids": rows}
+        if return_attention_mask or (return_attention_mask is None and "attention_mask" in self.model_input_names):
+            data["attention_mask"] = [[1] * len(row) for row in rows]
+        if padding_strategy != PaddingStrategy.DO_NOT_PAD and rows:
+            data = self.pad(
+                data,
+                padding=padding_strategy.value,
+                max_length=max_length,
+                pad_to_multiple_of=pad_to_multiple_of,
+                padding_side=padding_side,
+                return_attention_mask=return_attention_mask,
+            ).data
+        if not ids.is_batched:
+            data = {name: values[0] for name, values in data.items()}
+        return BatchEncoding(data, tensor_type=return_tensors, prepend_batch_axis=not ids.is_batched)
+
+    def _encode_located(
+        self, inputs: Inputs, split_special_tokens: bool, wants_spans: bool, kwargs: dict[str, Any]
+    ) -> BatchEncoding:
+        if not inputs.is_text or not self._takes_tokens_as_they_stand():
+            raise ValueError(
+                "return_offsets_mapping needs text, and added tokens without lstrip, rstrip or single_word; "
+                f"got {type(inputs.first[0]).__name__}."
+            )
+        return_tensors = kwargs.pop("return_tensors", None)
+        encoder = self._text_encoder()
+        located = inputs.replace_texts(
+            lambda texts: encoder.locate(texts, split_special_tokens=split_special_tokens), join_located
+        )
+        encoded = super()._encode_plus(*located.map(tagged).arguments(), **kwargs)
+        return restore(encoded, located, self.convert_ids_to_tokens, wants_spans, return_tensors)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for every tokenizer; masks of the assistant's tokens need to know where characters went."""
+        options = dict(kwargs.get("tokenizer_kwargs") or {})
+        if not kwargs.get("return_assistant_tokens_mask") or options.get("return_offsets_mapping"):
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        kwargs["tokenizer_kwargs"] = options | {"return_offsets_mapping": True}
+        encoded = super().apply_chat_template(conversation, *args, **kwargs)
+        if isinstance(encoded, BatchEncoding):
+            encoded.pop("offset_mapping", None)
+        return encoded
+
+    def _decode(
+        self,
+        token_ids: int | Sequence[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        prev_id: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Join words to the text they came from.
+
+        Args:
+            token_ids: ids in `[0, len(self))`.
+            skip_special_tokens: leave out specials (spacing is none).
+            clean_up_tokenization_spaces: see transformers; not lossless.
+            prev_id: the id, or ids, before these: the text then begins with the space that belongs between.
+
+        Raises:
+            IndexError: an id is out of range.
+            TypeError: an id is not an integer.
+        """
+        joiner = TextJoiner(self.ruleset)
+        skipped = frozenset(self.all_special_ids) if skip_special_tokens else frozenset()
+        if prev_id is not None:
+            self._join(joiner, self._checked_ids(prev_id, "prev_id"), skipped)
+        before = len(joiner.pieces)
+        self._join(joiner, self._checked_ids(token_ids, "token_ids"), skipped)
+        text = joiner.text(before)
+        clean_up = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
+        return self.clean_up_tokenization(text) if clean_up else text
+
+    def _checked_ids(self, ids: int | Iterable[int], name: str) -> list[int]:
+        try:
+            checked = [operator.index(ids)] if not hasattr(ids, "__iter__") else list(map(operator.index, ids))
+        except TypeError as error:
+            raise TypeError(f"{name} must be integers: {error}.") from error
+        if checked and not 0 <= min(checked) <= max(checked) < len(self):
+            raise IndexError(f"{name} must lie in [0, {len(self)}), got values from {min(checked)} to {max(checked)}.")
+        return checked
+
+    def _join(self, joiner: TextJoiner, ids: Sequence[int], skipped: frozenset[int]) -> None:
+        added, base, spacing = self._added_tokens_decoder, self._base, spacing_of_markers(self.ruleset)
+        for index in ids:
+            if index in added:
+                joiner.add_verbatim("" if index in skipped else added[index].content)
+            elif index >= base.first_word_id:
+                joiner.add_word(base.words[index - base.first_word_id])
+            elif index >= base.first_byte_id:
+                is_last, byte = divmod(index - base.first_byte_id, 256)
+                joiner.add_byte(byte, bool(is_last))
+            else:
+                joiner.add_verbatim(spacing[base.token(index)])
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """Join the names of ids to the text they stand for; other strings are taken for words."""
+        joiner = TextJoiner(self.ruleset)
+        for token in tokens:
+            index = self.get_vocab().get(token)
+            if index is None:
+                joiner.add_word(token)
+            else:
+                self._join(joiner, [index], frozenset())
+        return joiner.text()
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Write the dictionary, and return the path of its file."""
+        path = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + WORDS_FILE)
+        write_words(self._base.words, path)
+        return (path,)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> tuple[str, ...]:
+        """Save as every tokenizer does, with the code that loads it; a failed save changes nothing."""
+        if push_to_hub:  # the upload looks for changed files in the folder itself
+            return super().save_pretrained(save_directory, *args, push_to_hub=True, **kwargs)
+        with staged_folder(save_directory) as staged:
+            files = super().save_pretrained(str(staged), *args, **kwargs)
+        return tuple(os.path.join(save_directory, os.path.relpath(file, staged)) for file in files)
+
+
+def _dictionary(
+    words: Sequence[str] | None, vocab_file: str | os.PathLike[str] | None, folder: str | None
+) -> tuple[str, list[str]]:
+    """Return the words and what to call them in messages."""
+    if words is not None:
+        words = list(words) if isinstance(words, (list, tuple)) else words
+        check_word_types(words, "words")
+        return "words", cast("list[str]", words)
+    if vocab_file is None:
+        where = f"{folder} has no {WORDS_FILE}" if folder else "got neither"
+        raise ValueError(f"words or vocab_file must be given; {where}.")
+    return os.fspath(vocab_file), read_words(os.fspath(vocab_file))
+
+
+def _concatenate(parts: Sequence[list[int]]) -> list[int]:
+    return [index for part in parts for index in part]
+
+
+TFreeTokenizer.register_for_auto_class("AutoTokenizer")

@@ -65,7 +65,9 @@ class Vocabulary:
         """
         for index, token in added.items():
             if index < len(self) and (index < 0 or self.token(index) != token):
-                raise ValueError(f"added_tokens_decoder gives id {index} to {token!r}, but it stands for something else.")
+                raise ValueError(
+                    f"added_tokens_decoder gives id {index} to {token!r}, but it stands for something else."
+                )
             if index >= len(self) and token in self.reserved:
                 raise ValueError(f"added_tokens_decoder must not hold the structural token {token!r}.")
         later = sorted(index for index in added if index >= len(self))

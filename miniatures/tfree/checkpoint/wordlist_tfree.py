@@ -22,7 +22,7 @@ def read_words(path: str) -> list[str]:
     """Read a dictionary file: a JSON list of strings.
 
     Raises:
-        ValueError: the file is missing, too large, or not a list of acceptable strings; the message names file and entry.
+        ValueError: the file is missing, too large, or no list of acceptable strings; the message names file and entry.
     """
     try:
         size = os.path.getsize(path)
@@ -91,7 +91,9 @@ def check_words(
             if 4 * len(word) > max_word_bytes and len(word.encode("utf-8", "surrogatepass")) > max_word_bytes
         ]
         if long:
-            raise ValueError(f"{name} must hold words of at most max_word_bytes = {max_word_bytes} bytes: {_shown(long)}.")
+            raise ValueError(
+                f"{name} must hold words of at most max_word_bytes = {max_word_bytes} bytes: {_shown(long)}."
+            )
 
 
 def _not_single(words: Sequence[str], ruleset: Ruleset) -> Iterator[str]:

@@ -4,11 +4,14 @@ A word is a run of letters or one other character. Spaces are left out wherever 
 belongs there; every other spacing is spelled with the structural words of `structural_words`.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import repeat
-from typing import Literal
+from typing import Literal, TypeVar
+
+import numpy as np
 
 from .characters_tfree import (
     JOINER,
@@ -16,6 +19,8 @@ from .characters_tfree import (
     LETTER,
     LINE_BREAK,
     MARK,
+    NO_SPACE_AFTER,
+    NO_SPACE_BEFORE,
     PICTURE,
     REGION,
     SKIN_TONE,
@@ -23,12 +28,13 @@ from .characters_tfree import (
     SPACELESS,
     TAG,
     Ruleset,
+    character_bytes,
     character_table,
     spaces_around,
 )
 
-
 SpecialSyntax = Literal["registered", "any"]
+PackName = TypeVar("PackName", str, int)
 
 NO_SPACE = "<|no_ws|>"
 _PACK_SIZES = {"v1": (4, 2, 1), "v2": (16, 8, 4, 2, 1)}
@@ -73,7 +79,7 @@ def expects_space(left: str, right: str, ruleset: Ruleset = "v1") -> bool:
 
 def is_spaceless(character: str) -> bool:
     """Tell whether a character belongs to a script that is written without spaces between words (ruleset v2)."""
-    return character > "\u0dff" and bool(character_table("v2")[ord(character)] & SPACELESS)
+    return character > "\u0dff" and bool(character_bytes("v2")[ord(character)] & SPACELESS)
 
 
 def split_words(
@@ -104,7 +110,7 @@ def split_words(
         ['1', '<|no_ws|>', 'a', 'a', '1', '<|ws|>', '1', 'a']
     """
     check_ruleset(ruleset)
-    check_max_word_bytes(max_word_bytes)
+    checked_max_word_bytes(max_word_bytes)
     finder = SpecialFinder(special_tokens, special_syntax)
     words: list[str] = []
     for piece, is_special in finder.pieces(text):
@@ -247,7 +253,7 @@ def _pattern_v1() -> re.Pattern[str]:
 def _split_v1(text: str, max_word_bytes: int | None) -> list[str]:
     words = _pattern_v1().findall(text)
     # Only letter runs are long enough to be cut, and between two letters of v1 a space is always expected.
-    return words if max_word_bytes is None else _with_cuts(words, max_word_bytes, "")
+    return words if max_word_bytes is None else _with_cuts(words, max_word_bytes)
 
 
 @lru_cache(maxsize=1)
@@ -271,39 +277,50 @@ def word_starts_v2(kinds: bytes) -> list[int]:
 
 
 def _split_v2(text: str, max_word_bytes: int | None) -> list[str]:
-    codes = memoryview(text.encode("utf-32-le", "surrogatepass")).cast("I")
-    starts = word_starts_v2((character_table("v2").take(codes) & KIND_BITS).tobytes())
-    atoms = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=False)]
-    if max_word_bytes is not None:
-        atoms = _with_cuts(atoms, max_word_bytes)
+    """Like `_split_v1`: '' where an expected space is missing; a single expected space is left out."""
+    classes = character_table("v2").take(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4"))
+    starts = word_starts_v2((classes & KIND_BITS).tobytes())
+    class_of = classes.tobytes()
+    atoms = [text[start:end] for start, end in itertools.pairwise([*starts, len(text)])]
+    if max_word_bytes is not None and any(4 * len(atom) > max_word_bytes for atom in atoms):
+        atoms = [part for atom in atoms for part in cut_word(atom, max_word_bytes)]
+
     words: list[str] = []
-    left = ""
-    for index, atom in enumerate(atoms):
-        if atom == " " and 0 < index < len(atoms) - 1 and expects_space(left, atoms[index + 1], "v2"):
-            left = ""
+    left_first = left_last = NO_SPACE_AFTER  # classes of the ends of the word before, or what forbids a space
+    end, space_waits = 0, False
+    for atom in atoms:
+        start, end = end, end + len(atom)
+        if atom == " ":
+            space_waits = True  # until the word after it is known
             continue
-        if expects_space(left, atom, "v2"):
+        first = class_of[start]
+        forbids = (left_last & NO_SPACE_AFTER) | (first & NO_SPACE_BEFORE) | (left_first & first & SPACELESS)
+        if space_waits and forbids:
+            words.append(" ")
+        elif not space_waits and not forbids:
             words.append("")
         words.append(atom)
-        left = atom
-    return words
+        left_first, left_last, space_waits = first, class_of[end - 1], False
+    return [*words, " "] if space_waits else words
 
 
-def _with_cuts(words: list[str], max_word_bytes: int, *between: str) -> list[str]:
+def _with_cuts(words: list[str], max_word_bytes: int) -> list[str]:
     if all(4 * len(word) <= max_word_bytes for word in words):
         return words
     cut: list[str] = []
     for word in words:
-        parts = [word] if word[:1] in ("", " ", "\n") else cut_word(word, max_word_bytes)
-        for part in parts[:-1]:
-            cut += part, *between
-        cut.append(parts[-1])
+        for part in cut_word(word, max_word_bytes):
+            cut += part, ""
+        cut.pop()
     return cut
 
 
 def cut_word(word: str, max_word_bytes: int) -> list[str]:
-    """Cut a word between code points into parts of at most `max_word_bytes` bytes of UTF-8, filled from the left."""
-    if len(word.encode("utf-8", "surrogatepass")) <= max_word_bytes:
+    """Cut a word between code points into parts of at most `max_word_bytes` bytes of UTF-8, filled from the left.
+
+    Runs of spacing stay whole.
+    """
+    if word[:1] in ("", " ", "\n") or len(word.encode("utf-8", "surrogatepass")) <= max_word_bytes:
         return [word]
     parts: list[str] = []
     start = size = 0
@@ -331,9 +348,9 @@ def _with_markers(words: Sequence[str], ruleset: Ruleset) -> list[str]:
     return marked
 
 
-def pack(length: int, packs: dict[int, str]) -> list[str]:
+def pack(length: int, packs: dict[int, PackName]) -> list[PackName]:
     """Write a run as few packs, the longest first: 9 becomes 4, 4, 1."""
-    packed: list[str] = []
+    packed: list[PackName] = []
     for size, marker in packs.items():
         packed.extend(repeat(marker, length // size))
         length %= size
@@ -351,9 +368,10 @@ def check_ruleset(ruleset: str) -> None:
         raise ValueError(f'ruleset must be "v1" or "v2", got {ruleset!r}.')
 
 
-def check_max_word_bytes(max_word_bytes: int | None) -> None:
-    """Raise ValueError unless every code point fits: four bytes at least, or None for no limit."""
-    if max_word_bytes is None:
-        return
-    if isinstance(max_word_bytes, bool) or not isinstance(max_word_bytes, int) or max_word_bytes < 4:
-        raise ValueError(f"max_word_bytes must be None or an integer of at least 4, got {max_word_bytes!r}.")
+def checked_max_word_bytes(limit: object) -> int | None:
+    """Return the limit if it leaves room for every code point: four bytes at least, or None for no limit."""
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 4:
+        raise ValueError(f"max_word_bytes must be None or an integer of at least 4, got {limit!r}.")
+    return limit

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
 LANE = 8
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _FOLD = np.uint64(0xD6E8FEB86659FD93)
@@ -32,34 +31,43 @@ class Keys:
         padded[: len(data)] = data
         lanes = padded.view("<u8")
         self.lengths = lengths
-        self.num_more = (lengths - 1) >> 3
-        """int64 [K], lanes of each string after the first."""
-        self.more_end = self.num_more.cumsum()
-        """int64 [K], where the further lanes of each string end in `more`."""
-        long = self.num_more.nonzero()[0]
-        offsets = LANE + LANE * ranges(np.zeros_like(long), self.num_more.take(long))
-        number = self.num_more.take(long)
-        self.more = _read(lanes, starts.take(long).repeat(number) + offsets, lengths.take(long).repeat(number) - offsets)
-        """uint64 [sum(num_more)]."""
+        number = (lengths - 1) >> 3
+        ends = number.cumsum()
+        self.more_start = ends - number
+        """int64 [K], where the lanes after the first begin in `more`."""
+        self.more_row = np.arange(len(lengths)).repeat(number)
+        """int64 [R], string of each of them."""
+        self.more_column = np.arange(len(self.more_row)) - self.more_start.take(self.more_row)
+        """int64 [R], number among those of its string."""
+        offset = LANE + LANE * self.more_column
+        self.more = _read(lanes, starts.take(self.more_row) + offset, lengths.take(self.more_row) - offset)
+        """uint64 [R]."""
         self.hashes = _read(lanes, starts, lengths) * _MIX
         """uint64 [K]. Two strings of at most one lane never share a hash: every step is a bijection of the lane."""
-        if len(long):
-            mixed = (self.more ^ (self.more >> _HALF)) * (_LANE_MIX * (offsets.astype(np.uint64) | np.uint64(1)))
-            self.hashes[long] += np.add.reduceat(mixed ^ (mixed >> _HALF), self.more_end.take(long) - number)
+        if len(self.more):
+            mixed = (self.more ^ (self.more >> _HALF)) * (_LANE_MIX * (offset.astype(np.uint64) | np.uint64(1)))
+            long = number.nonzero()[0]
+            self.hashes[long] += np.add.reduceat(mixed ^ (mixed >> _HALF), self.more_start.take(long))
         self.hashes ^= self.hashes >> _HALF
         self.hashes *= _FOLD
 
-    def equal(self, rows: np.ndarray, other: "Keys", other_rows: np.ndarray) -> np.ndarray:
-        """Compare strings that have equal hashes, byte by byte: bool `[len(rows)]`."""
-        number = self.num_more.take(rows)
-        same = other.lengths.take(other_rows) == self.lengths.take(rows)
-        long = (same & (number > 0)).nonzero()[0]
-        if len(long):
-            number, rows, other_rows = number.take(long), rows.take(long), other_rows.take(long)
-            ours = self.more.take(ranges(self.more_end.take(rows) - number, number))
-            theirs = other.more.take(ranges(other.more_end.take(other_rows) - number, number))
-            differs = np.logical_or.reduceat(ours != theirs, number.cumsum() - number)
-            same[long[differs]] = False
+    def equal(self, other: "Keys", rows: np.ndarray) -> np.ndarray:
+        """Compare every string with one of `other` that has an equal hash, byte by byte.
+
+        Args:
+            other: the strings to compare with.
+            rows: int `[K]`, which of them, or -1 for none.
+
+        Returns:
+            bool `[K]`.
+        """
+        same = (rows >= 0) & (other.lengths.take(rows) == self.lengths)
+        if len(self.more):
+            lanes = (same.take(self.more_row)).nonzero()[0]
+            mine = self.more_row.take(lanes)
+            theirs = other.more_start.take(rows.take(mine)) + self.more_column.take(lanes)
+            differs = (other.more.take(theirs) != self.more.take(lanes)).nonzero()[0]
+            same[mine.take(differs)] = False
         return same
 
 
@@ -91,25 +99,29 @@ class WordTable:
     def find(self, keys: Keys) -> np.ndarray:
         """Return the word that each key is, int32 `[K]`, -1 where the dictionary does not hold it."""
         slots = self._first_slots(keys.hashes)
-        found = self._words.take(slots)
-        is_occupied = found >= 0
-        same = (self._hashes.take(slots) == keys.hashes) & is_occupied
-        rows = same.nonzero()[0]
-        same[rows] = keys.equal(rows, self._keys, found.take(rows))
-        found[~same] = -1
-        rows = (is_occupied & ~same).nonzero()[0]
+        words = self._words.take(slots)
+        found = np.where(self._hashes.take(slots) == keys.hashes, words, -1)
+        is_right = keys.equal(self._keys, found)
+        found[~is_right] = -1
+        rows = ((words >= 0) & ~is_right).nonzero()[0]  # another word is in the slot, so the search goes on
         slots = slots.take(rows) + 1
         while len(rows):
             window = (slots[:, None] + _WINDOW) & self._mask  # [rows, 4]
             words = self._words.take(window)
             proposed = (self._hashes.take(window) == keys.hashes.take(rows)[:, None]) & (words >= 0)
-            row, column = proposed.nonzero()
-            hits, candidates = rows.take(row), words[row, column]
-            right = keys.equal(hits, self._keys, candidates).nonzero()[0]
-            found[hits.take(right)] = candidates.take(right)
-            # An empty slot ends the search; a proposal that was wrong does not.
-            on = ((words.min(axis=1) >= 0) & (found.take(rows) < 0)).nonzero()[0]
-            rows, slots = rows.take(on), slots.take(on) + len(_WINDOW)
+            column = proposed.argmax(axis=1)  # 0 if there is none
+            candidates = np.full(len(found), -1, dtype=np.int32)
+            has = proposed.any(axis=1).nonzero()[0]
+            candidates[rows.take(has)] = words[has, column.take(has)]
+            is_right = keys.equal(self._keys, candidates)
+            found = np.where(is_right, candidates, found)
+            # An empty slot ends the search; after a wrong proposal it goes on behind that one.
+            step = np.full(len(rows), len(_WINDOW))
+            step[has] = column.take(has) + 1
+            is_open = (words >= 0).all(axis=1)
+            is_open[has] = True
+            on = (is_open & ~is_right.take(rows)).nonzero()[0]
+            rows, slots = rows.take(on), (slots + step).take(on)
         return found
 
     def _first_slots(self, hashes: np.ndarray) -> np.ndarray:
