@@ -13,6 +13,7 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from .conversion import convert_original_checkpoint as convert_original_checkpoint
     from .dictionary_building import build_dictionary as build_dictionary
+    from .loading import load_pretrained as load_pretrained
     from .registration import register as register
     from .remote.configuration_tfree import TFreeConfig as TFreeConfig
     from .remote.decoding_tfree import dictionary_scores as dictionary_scores
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "conversion": ("convert_original_checkpoint",),
     "dictionary_building": ("build_dictionary",),
+    "loading": ("load_pretrained",),
     "registration": ("register",),
     "remote.configuration_tfree": ("TFreeConfig",),
     "remote.decoding_tfree": ("dictionary_scores", "dictionary_topk"),

@@ -129,7 +129,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
             taught: tuple[Any, ...] = (words, hidden, input_ids, labels, has_context, document, loss_weights)
             if shift_labels is not None:
                 taught = (None, *unshift_labels(hidden, input_ids, shift_labels, has_context, document, loss_weights))
-            loss = self._loss(*taught, num_items_in_batch=num_items_in_batch)
+            loss = self._loss(num_items_in_batch, *taught)
         if not is_training_step or output_word_logits or output_hash_logits:
             kept = hidden[
                 :, slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -187,6 +187,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
 
     def _loss(
         self,
+        num_items_in_batch: float | Tensor | None,
         words: WordsInIds | None,
         hidden: Tensor,
         input_ids: Tensor | None,
@@ -194,7 +195,6 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         has_context: Tensor,
         document: Tensor,
         loss_weights: Tensor | None,
-        num_items_in_batch: float | Tensor | None,
     ) -> Tensor:
         if labels.shape != hidden.shape[:2]:
             raise ValueError(
