@@ -18,7 +18,9 @@ PathFinder.find_spec = staticmethod(_find_spec)
 """
 
 
-def run_python(code: str, *arguments: str, hidden: Sequence[str] = (), cwd: Path | None = None) -> str:
+def run_python(
+    code: str, *arguments: str, hidden: Sequence[str] = (), cwd: Path | None = None, timeout: float = 110
+) -> str:
     """Run `code` in a new interpreter, without the `hidden` packages, and return what it printed.
 
     Raises:
@@ -26,6 +28,6 @@ def run_python(code: str, *arguments: str, hidden: Sequence[str] = (), cwd: Path
     """
     prelude = _HIDE.format(hidden=set(hidden)) if hidden else ""
     command = [sys.executable, "-c", prelude + code, *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=cwd, timeout=110)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=cwd, timeout=timeout)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

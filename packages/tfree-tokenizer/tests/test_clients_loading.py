@@ -47,7 +47,7 @@ def test_a_process_without_our_packages_loads_saves_and_loads_again(tiny, folder
     answers, logits = [], []
     chain = [folder, tmp_path / "again", tmp_path / "third"]
     for source, target in itertools.pairwise(chain):
-        printed = run_python(STRANGER, str(source), str(target), TEXT, hidden=PACKAGES)
+        printed = run_python(STRANGER, str(source), str(target), TEXT, hidden=PACKAGES, timeout=600)
         answers.append(json.loads(printed.splitlines()[-1]))
         logits.append(torch.load(source / "logits.pt", weights_only=True))
     assert answers[0] == answers[1]
