@@ -43,6 +43,7 @@ TIMED = (  # most valuable first
     "tfree.topk.w200k.b1",
     "tfree.decode.w50k.b1",
     "tfree.decode.w50k.b8",
+    "tfree.decode.edges.w50k.b1",
     "tfree.hash",
 )
 OP_OF_CASE = {

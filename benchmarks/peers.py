@@ -146,7 +146,8 @@ def original_scores(z: Tensor, patterns: FlatPatterns, edge_weight: float) -> Te
 def csr_scores(z: Tensor, matrix: Tensor, patterns: FlatPatterns) -> Tensor:
     """[B, W] "contrast" scores, T = 1: one product with a flat torch CSR matrix [W, V]."""
     p = z.sigmoid()
-    return contrast((matrix @ p.T).T, p.sum(1, keepdim=True), patterns)
+    total = matrix.mv(p[0])[None] if p.shape[0] == 1 else (matrix @ p.T).T
+    return contrast(total, p.sum(1, keepdim=True), patterns)
 
 
 def dense_scores(z: Tensor, matrix: Tensor, patterns: FlatPatterns) -> Tensor:
@@ -155,18 +156,20 @@ def dense_scores(z: Tensor, matrix: Tensor, patterns: FlatPatterns) -> Tensor:
     return contrast(p @ matrix.T, p.sum(1, keepdim=True), patterns)
 
 
-def score_matrix(patterns: FlatPatterns, edge_weight: float, dtype: torch.dtype) -> Tensor:
-    """CSR [W, V]: 1 for an inner row plus `edge_weight` for an edge row."""
+def score_matrix(
+    patterns: FlatPatterns, edge_weight: float, dtype: torch.dtype, index: torch.dtype = torch.int64
+) -> Tensor:
+    """CSR [W, V]: 1 for an inner row plus `edge_weight` for an edge row; its indices are of type `index`."""
     W, V = patterns.trigrams.shape[0], patterns.V
     keys = torch.cat([word * V + row for word, row in (patterns.inner, patterns.edge)])
     values = torch.ones(keys.shape[0], dtype=dtype, device=keys.device)
     values[patterns.inner[0].shape[0] :] = edge_weight
     keys, position = torch.unique(keys, return_inverse=True)
     summed = values.new_zeros(keys.shape[0]).index_add_(0, position, values)
-    bounds = torch.searchsorted(keys, torch.arange(W + 1, device=keys.device) * V)
+    bounds = torch.searchsorted(keys, torch.arange(W + 1, device=keys.device) * V).to(index)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch calls its CSR support a beta
-        return torch.sparse_csr_tensor(bounds, keys % V, summed, (W, V), check_invariants=False)
+        return torch.sparse_csr_tensor(bounds, (keys % V).to(index), summed, (W, V), check_invariants=False)
 
 
 def contrast(total: Tensor, mass: Tensor, patterns: FlatPatterns) -> Tensor:

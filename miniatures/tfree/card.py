@@ -31,15 +31,16 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 - **Size**: {vocabulary:,} parameters in embedding and head; {words:,} words in the exchangeable dictionary.
 - **Training text**: Debian's `libreoffice-help-*` and `debian-reference-*` in English, German, French, Spanish and
   Italian, and `bible-kjv-text`; pages held out in all languages at once.
-- **Training**: {steps:,} steps, {megabytes:.1f} MB of text read, {minutes:.0f} minutes on {threads} {device}
-  thread(s), seed {seed}.
+- **Training**: {steps:,} steps, {megabytes:.1f} MB of text read, {minutes:.0f} minutes on {threads}
+  {device} thread(s), seed {seed}.
 - **Not good for**: facts, instructions, advice, any use where its output matters.
 
-| held-out text | bits per byte | top-1 word accuracy | tokens per word |
-| --- | --- | --- | --- |
+| held-out text | bits per byte | top-1 word accuracy | positions per word | ids per word |
+| --- | --- | --- | --- | --- |
 {rows}
 
-Bits per byte is a proper code length; words outside the dictionary pay an escape and a byte-trigram spelling.
+Bits per byte is a proper code length; words outside the dictionary pay an escape and a byte-trigram spelling, and count
+as wrong in the accuracy. Such a word takes one id for each byte but one position. Words are those between white space.
 The text's licences: LibreOffice help MPL-2.0, Debian Reference GPL-2+, King James Bible public domain.
 """
 
@@ -47,7 +48,8 @@ The text's licences: LibreOffice help MPL-2.0, Debian Reference GPL-2+, King Jam
 def write_card(folder: Path, metrics: dict[str, Any]) -> None:
     """Write `README.md` into a checkpoint folder."""
     rows = [
-        f"| {group} | {row['bits_per_byte']:.3f} | {100 * row['word_accuracy']:.1f} % | {row['tokens_per_word']:.2f} |"
+        f"| {group} | {row['bits_per_byte']:.3f} | {100 * row['word_accuracy']:.1f} % | {row['tokens_per_word']:.2f} "
+        f"| {row['ids_per_word']:.2f} |"
         for group, row in metrics["held_out"].items()
     ]
     training, options = metrics["training"], metrics["options"]

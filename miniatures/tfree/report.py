@@ -105,7 +105,7 @@ def _cell(group: str, measure: str, factor: float, digits: int) -> Callable[[lis
 
 def _spread(results: list[Result], value: Callable[[Result], float], digits: int) -> str:
     mean, sd = mean_and_sd([value(result) for result in results])
-    return f"{mean:.{digits}f} ± {sd:.{digits}f}" if sd else f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {sd:.{digits}f}" if sd > 1e-9 else f"{mean:.{digits}f}"
 
 
 def _average(result: Result, groups: list[str], measure: str) -> float:

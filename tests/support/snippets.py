@@ -1,7 +1,8 @@
 """Code blocks of Markdown pages, run as a reader would run them: from top to bottom, in one session per page.
 
 `python` blocks are executed; those written as `>>>` sessions must print what they show. In `console` blocks the lines
-that start with `python` or `tfree`, after `$ ` or not, are executed. A block after the comment `<!-- not run: reason -->` is left out.
+that start with `python` or `tfree`, after `$ ` or not, are executed. A block after the comment
+`<!-- not run: reason -->` is left out.
 """
 
 import contextlib

@@ -16,28 +16,39 @@ MARKERS = {1: ("<|ws|>", "<|\n|>")} | {n: (f"<|{n}<-ws->|>", f"<|{n}<-\n->|>") f
 
 POOLS = {
     "ascii": [chr(c) for c in range(32, 127)] + [" ", "  ", "\n"] * 8,
-    "prose": ["a", "Zz", "éß", "naïve", "дом", "σ", " ", " ", " ", ", ", ". ", "'", "-", "(", ")", "3", "1", "²", "ª", "\n"],
-    "spacing": [" ", "  ", "   ", " " * 7, " " * 37, "\n", "\n\n", "\n" * 5, "\n" * 9, "\t", "\r\n", "\u00a0", "\u3000", "\u2003", "a", "."],
-    "code": ["def", "f", "(", ")", ":", "    ", " " * 12, "\n", "_", "x", "=", "==", "0", "42", '"', "#", "[", "]", "\t", "\\"],
-    "marks": ["e", "a", "\u0301", "\u0308", "ह", "ि", "न", "्", "द", "ी", " ", "1", "-", "\u200c", "\u200d", "\ufe0f", "\n", "אָ", "ش", "ّ"],
-    "east": ["日", "本", "か", "\u3099", "ハ", "ー", "ก", "ำ", "ั", "ເ", "ຊ", "ភ", "ា", "မ", "ြ", " ", "\u3000", "、", "。", "a", "7", "\ufe00"],
-    "emoji": ["😀", "👨", "👩", "\u200d", "\ufe0f", "🏽", "🇩", "🇪", "❤", "🏴", "\U000e0067", "\U000e007f", "\u20e3", "1", "#", " ", "a", "\n", "→"],
-    "markers": ["<|", "|>", "<|ws|>", "<|no_ws|>", "<|\n|>", "<|2<-ws->|>", "<|endoftext|>", "<|x|>", "<", "|", ">", " ", "a", "\n"],
-    "odd": ["\0", "\ufeff", "\x1b", "\x7f", "\u202e", "\u200f", "\ud800", "\udfff", "\ud83d", "𝒳", "٣", "१", "\U0010ffff", " ", "a", "ﬁ"],
+    "prose": ["a", "Zz", "éß", "naïve", "дом", "σ", " ", " ", " ", ", ", ". ", "'", "-", "(", ")", "3", "1",
+        "²", "ª", "\n"],
+    "spacing": [" ", "  ", "   ", " " * 7, " " * 37, "\n", "\n\n", "\n" * 5, "\n" * 9, "\t", "\r\n", "\u00a0",
+        "\u3000", "\u2003", "a", "."],
+    "code": ["def", "f", "(", ")", ":", "    ", " " * 12, "\n", "_", "x", "=", "==", "0", "42", '"', "#", "[",
+        "]", "\t", "\\"],
+    "marks": ["e", "a", "\u0301", "\u0308", "ह", "ि", "न", "्", "द", "ी", " ", "1", "-", "\u200c", "\u200d",
+        "\ufe0f", "\n", "אָ", "ش", "ّ"],
+    "east": ["日", "本", "か", "\u3099", "ハ", "ー", "ก", "ำ", "ั", "ເ", "ຊ", "ភ", "ា", "မ", "ြ", " ", "\u3000",
+        "、", "。", "a", "7", "\ufe00"],
+    "emoji": ["😀", "👨", "👩", "\u200d", "\ufe0f", "🏽", "🇩", "🇪", "❤", "🏴", "\U000e0067", "\U000e007f", "\u20e3",
+        "1", "#", " ", "a", "\n", "→"],
+    "markers": ["<|", "|>", "<|ws|>", "<|no_ws|>", "<|\n|>", "<|2<-ws->|>", "<|endoftext|>", "<|x|>", "<", "|",
+        ">", " ", "a", "\n"],
+    "odd": ["\0", "\ufeff", "\x1b", "\x7f", "\u202e", "\u200f", "\ud800", "\udfff", "\ud83d", "𝒳", "٣", "१",
+        "\U0010ffff", " ", "a", "ﬁ"],
 }  # fmt: skip
 
 
-def random_texts(count: int, seed: int, longest: int = 16) -> Iterator[str]:
-    """Yield strings from one pool each, from all of them mixed, and of any code points."""
+def random_texts(count: int, seed: int, *, longest: int = 16, any_code_points: bool = True) -> Iterator[str]:
+    """Yield strings from each pool in turn, from all of them mixed, and of any code points.
+
+    The rules below know every character under v1, but under v2 only those of the pools.
+    """
     rng = random.Random(seed)
     mixed = [piece for pool in POOLS.values() for piece in pool]
-    pools = [*POOLS.values(), mixed, mixed]
+    sources = [*POOLS.values(), mixed, mixed, *([None] if any_code_points else [])]
     for index in range(count):
-        length = rng.randint(0, longest)
-        if index % (len(pools) + 1) == len(pools):
+        source, length = sources[index % len(sources)], rng.randint(0, longest)
+        if source is None:
             yield "".join(chr(rng.choice([rng.randrange(0x110000), rng.randrange(0x3000)])) for _ in range(length))
         else:
-            yield "".join(rng.choice(pools[index % (len(pools) + 1)]) for _ in range(length))
+            yield "".join(rng.choices(source, k=length))
 
 
 def words_by_rule(text: str, ruleset: str) -> list[str]:
@@ -68,7 +79,7 @@ def space_expected(left: str, right: str, ruleset: str) -> bool:
 
 def is_spaceless(character: str) -> bool:
     name = unicodedata.name(character, "")
-    return name.startswith(SPACELESS_NAMES) and character != "\u3000" or character == "\u3099"
+    return (name.startswith(SPACELESS_NAMES) and character != "\u3000") or character == "\u3099"
 
 
 def is_letter(character: str) -> bool:

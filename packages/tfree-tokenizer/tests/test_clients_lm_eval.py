@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ pytestmark = [
 ]
 
 WORDS = ["Zwetschge", "Haus", "klein", "Żółć", "das"]
+KNOWN = ["Haus", "klein", "das"]  # words of the dictionary
 
 # What `lm_eval` does on the command line; here as a module so that our packages can be hidden from it.
 HARNESS = """
@@ -74,7 +76,7 @@ def write_tasks(folder: Path) -> None:
         for word in WORDS
     ]
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    known = [row for row in rows if row["answer"] in ("Haus", "klein", "das")]
+    known = [row for row in rows if row["answer"] in KNOWN]
     (folder / "known.jsonl").write_text("\n".join(json.dumps(row) for row in known))
     for name, data, task in [
         ("choice", "rows", CHOICE),
@@ -133,5 +135,10 @@ def test_generated_answers_are_the_copied_words(results):
     assert results[0]["copy_generation"]["exact_match,none"] == 1.0
 
 
-def test_perplexity_of_learned_texts_is_finite_and_low(results):
-    assert 1.0 < results[0]["copy_perplexity"]["word_perplexity,none"] < 20.0
+def test_perplexity_of_a_text_is_that_of_its_words_after_the_end_token(results, copier):
+    total = 0.0
+    for word in KNOWN:
+        ids = copier.ids(f"the {word} is small {word}")["input_ids"]
+        total += copier.model.score(torch.nn.functional.pad(ids, (1, 0), value=0)).sum().item()
+    found = results[0]["copy_perplexity"]["word_perplexity,none"]
+    assert found == pytest.approx(math.exp(-total / (5 * len(KNOWN))), rel=1e-3)

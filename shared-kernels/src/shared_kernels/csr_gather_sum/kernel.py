@@ -24,8 +24,8 @@ class Config(NamedTuple):
 CONFIGS = (
     Config(columns=16, BLOCK_E=16, BLOCK_D=16, num_warps=1),
     Config(columns=128, BLOCK_E=16, BLOCK_D=128, num_warps=2),
-    Config(columns=512, BLOCK_E=8, BLOCK_D=512, num_warps=4),
-    Config(columns=2**62, BLOCK_E=4, BLOCK_D=1024, num_warps=4),
+    Config(columns=512, BLOCK_E=8, BLOCK_D=512, num_warps=8),
+    Config(columns=2**62, BLOCK_E=4, BLOCK_D=1024, num_warps=8),
 )
 
 

@@ -35,7 +35,7 @@ class Config(NamedTuple):
 
 CONFIGS = (
     Config(columns=128, BLOCK_M=16, BLOCK_D=128, num_warps=2),
-    Config(columns=2**62, BLOCK_M=8, BLOCK_D=512, num_warps=4),
+    Config(columns=2**62, BLOCK_M=8, BLOCK_D=512, num_warps=8),
 )
 
 
