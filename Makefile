@@ -4,7 +4,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -q -n 2
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 PROJECTS := shared-kernels $(sort $(patsubst %/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)))
 SOURCES := $(wildcard shared-kernels/src packages/*/src)

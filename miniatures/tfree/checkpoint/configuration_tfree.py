@@ -30,6 +30,7 @@ _CAPS = {  # what a configuration file may ask for before anything is allocated
     "num_attention_heads": 1 << 14,
     "max_position_embeddings": 1 << 28,
 }
+_MAY_BE_ZERO = {"dictionary_nnz", "dictionary_units", "dictionary_corrections", "sampled_words", "num_hidden_layers"}
 
 
 @strict
@@ -168,9 +169,9 @@ class TFreeConfig(LlamaConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         for name, cap in _CAPS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not 0 <= value <= cap:
-                raise ValueError(f"{name} must lie in [0, {cap}], got {value!r}.")
+            value, least = getattr(self, name), 0 if name in _MAY_BE_ZERO else 1
+            if isinstance(value, bool) or not least <= value <= cap:
+                raise ValueError(f"{name} must lie in [{least}, {cap}], got {value!r}.")
         for name in ("loss_pos_weight", "loss_scale", "decode_temperature"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

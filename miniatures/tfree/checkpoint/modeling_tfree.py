@@ -18,7 +18,14 @@ from .base_tfree import TFreePreTrainedModel
 from .body_tfree import TFreeModel
 from .calibration_tfree import fit_temperature
 from .configuration_tfree import NUM_BYTE_IDS, TFreeConfig
-from .context_tfree import cache_length, hide_inside, predicting_contexts, unshift_labels, whole_context
+from .context_tfree import (
+    cache_length,
+    document_starts,
+    hide_inside,
+    predicting_contexts,
+    unshift_labels,
+    whole_context,
+)
 from .decoding_tfree import dictionary_scores, dictionary_topk, sum_active_rows
 from .dictionary_tfree import select_csr
 from .head_tfree import ComposedHead
@@ -129,7 +136,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
             taught: tuple[Any, ...] = (words, hidden, input_ids, labels, has_context, document, loss_weights)
             if shift_labels is not None:
                 taught = (None, *unshift_labels(hidden, input_ids, shift_labels, has_context, document, loss_weights))
-            loss = self._loss(*taught, num_items_in_batch=num_items_in_batch)
+            loss = self._loss(num_items_in_batch, *taught)
         if not is_training_step or output_word_logits or output_hash_logits:
             kept = hidden[
                 :, slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -137,7 +144,10 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
             hash_logits = self.lm_head(kept)
             if not is_training_step or output_word_logits:
                 is_tail = isinstance(logits_to_keep, int)
-                logits = self.word_logits(hash_logits, words if is_tail else None, context)
+                starts = None
+                if position_ids is not None and context is not None and context is input_ids and context_ids is None:
+                    starts = document_starts(position_ids).expand_as(context)
+                logits = self.word_logits(hash_logits, words if is_tail else None, context, starts)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -154,10 +164,12 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         hash_logits: Tensor,
         words: WordsInIds | None = None,
         context_ids: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """Turn row logits [B, K, v] into scores of all ids [B, K, ids].
 
-        With `context_ids` [B, C >= K] and their resolved `words`, the words that they spell are offered byte by byte.
+        With `context_ids` [B, C >= K] and their resolved `words`, the words that they spell are offered byte by byte,
+        each in its own packed document only (bool `starts` [B, C]: where these begin).
         """
         B, K, v = hash_logits.shape
         flat = hash_logits.reshape(B * K, v)
@@ -173,7 +185,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         numbers = words.numbers[words.numbers >= self.config.vocab_size][:-1]  # the last one is the empty word
         spelled = words.dictionary.select(torch.searchsorted(words.numbers, numbers))
         spelled_scores = dictionary_scores(flat, spelled, **settings).view(B, K, -1)
-        return copy_logits(logits, spelled_scores, words, context_ids, first_byte, floor)
+        return copy_logits(logits, spelled_scores, words, context_ids, first_byte, floor, starts)
 
     def decode_settings(self) -> dict[str, Any]:
         """The arguments of `dictionary_scores` that the configuration fixes."""
@@ -187,6 +199,7 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
 
     def _loss(
         self,
+        num_items_in_batch: float | Tensor | None,
         words: WordsInIds | None,
         hidden: Tensor,
         input_ids: Tensor | None,
@@ -194,7 +207,6 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
         has_context: Tensor,
         document: Tensor,
         loss_weights: Tensor | None,
-        num_items_in_batch: float | Tensor | None,
     ) -> Tensor:
         if labels.shape != hidden.shape[:2]:
             raise ValueError(

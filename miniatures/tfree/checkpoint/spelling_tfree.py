@@ -4,7 +4,7 @@ A word outside the dictionary is the ids of its bytes: b - 1 "inside" ids, then 
 model, at its last id; inside ids are invisible there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +134,13 @@ def seen_spelled_words(words: WordsInIds, document: Tensor, is_target: Tensor) -
 
 
 def copy_logits(
-    logits: Tensor, scores: Tensor, words: WordsInIds, context_ids: Tensor, first_byte_id: int, floor: float
+    logits: Tensor,
+    scores: Tensor,
+    words: WordsInIds,
+    context_ids: Tensor,
+    first_byte_id: int,
+    floor: float,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Spread the scores of the context's spelled words over the ids of their bytes, in place.
 
@@ -149,23 +155,26 @@ def copy_logits(
         context_ids: int64 [B, L], L >= K.
         first_byte_id: id of byte 0 inside a word.
         floor: stands for minus infinity.
+        starts: bool [B, L], positions where a packed document begins; its words are no candidates of others.
 
     Returns:
         `logits`.
     """
-    B, K = logits.shape[:2]
-    first_kept = context_ids.shape[1] - K
+    first_kept = context_ids.shape[1] - logits.shape[1]
     number_of = {data: i for i, data in enumerate(dict.fromkeys(word.data for word in words.spelled))}
-    for row in range(B):
+    for row, begin, end in _documents(context_ids, starts):
         available: dict[bytes, int] = {}
         for word in words.spelled:
-            if word.row == row:
+            if word.row == row and begin <= word.last < end:
                 available.setdefault(word.data, word.last)
-        if not available:
+        if not available or end <= first_kept:
             continue
-        _copy_first_bytes(logits[row], scores[row], available, number_of, first_kept, first_byte_id, floor)
+        first = max(begin, first_kept)
+        kept = slice(first - first_kept, end - first_kept)
+        ids = context_ids[row, begin:end]
+        _copy_first_bytes(logits[row, kept], scores[row, kept], available, number_of, first, first_byte_id, floor)
         _copy_next_bytes(
-            logits[row], scores[row], available, number_of, context_ids[row], first_kept, first_byte_id, floor
+            logits[row, kept], scores[row, kept], available, number_of, ids, begin, first, first_byte_id, floor
         )
     return logits
 
@@ -207,13 +216,14 @@ def _copy_next_bytes(
     scores: Tensor,
     available: dict[bytes, int],
     number_of: dict[bytes, int],
-    context_ids: Tensor,
+    document_ids: Tensor,
+    begin: int,
     first_kept: int,
     first_byte_id: int,
     floor: float,
 ) -> None:
     prefix = b""
-    for position, token in enumerate(context_ids.tolist()):
+    for position, token in enumerate(document_ids.tolist(), begin):
         byte = token - first_byte_id
         prefix = prefix + bytes([byte]) if 0 <= byte < 256 else b""
         if position < first_kept or not prefix:
@@ -228,6 +238,14 @@ def _copy_next_bytes(
             logits[k] = floor
             for token_id, members in groups.items():
                 logits[k, token_id] = scores[k, members].logsumexp(0)
+
+
+def _documents(context_ids: Tensor, starts: Tensor | None) -> Iterator[tuple[int, int, int]]:
+    """Row, first position and end of every document."""
+    B, L = context_ids.shape
+    for row in range(B):
+        inner = [] if starts is None else starts[row, 1:].nonzero().squeeze(1).add(1).tolist()
+        yield from ((row, begin, end) for begin, end in zip([0, *inner], [*inner, L], strict=True))
 
 
 def _last_final(is_final: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Keys:
         self.more = _read(lanes, starts.take(self.more_row) + offset, lengths.take(self.more_row) - offset)
         """uint64 [R]."""
         self.hashes = _read(lanes, starts, lengths) * _MIX
-        """uint64 [K]. Two strings of at most one lane never share a hash: every step is a bijection of the lane."""
+        """uint64 [K]. Strings of equal length and at most one lane never share one: every step is a bijection."""
         if len(self.more):
             mixed = (self.more ^ (self.more >> _HALF)) * (_LANE_MIX * (offset.astype(np.uint64) | np.uint64(1)))
             long = number.nonzero()[0]

@@ -161,21 +161,23 @@ def transpose(indices: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(in_order, every_column), order
 
 
-def _cases() -> tuple[AotCase, ...]:
+def _cases(table: str, out: str, bounds: str, indices: str) -> list[AotCase]:
     cases = []
-    for dtype, index in (("fp32", "i32"), ("bf16", "i32"), ("fp16", "i64")):
-        for config in CONFIGS:
-            tile = {"BLOCK_E": config.BLOCK_E, "BLOCK_D": config.BLOCK_D}
-            csr = {"indptr_ptr": f"*{index}", "indices_ptr": f"*{index}"}
-            plain = {**csr, "table_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-            strides = {"D": "i32", "table_stride": "i32", "out_stride": "i32"}
-            weighted = {**plain, "weights_ptr": f"*{dtype}", **strides}
-            cases.append(AotCase(csr_gather_sum_fwd_kernel, weighted, tile, config.num_warps))
-            unweighted = {"weights_ptr": None, **tile}
-            cases.append(AotCase(csr_gather_sum_fwd_kernel, {**plain, **strides}, unweighted, config.num_warps))
-            products = {**plain, "grad_ptr": f"*{dtype}", "D": "i32"}
-            cases.append(AotCase(csr_gather_sum_bwd_weights_kernel, products, tile, config.num_warps))
-    return tuple(cases)
+    plain = {"indptr_ptr": bounds, "indices_ptr": indices, "table_ptr": table, "out_ptr": out, "D": "i32"}
+    sums = {**plain, "table_stride": "i32", "out_stride": "i32"}
+    for config in CONFIGS:
+        tile = {"BLOCK_E": config.BLOCK_E, "BLOCK_D": config.BLOCK_D}
+        weighted = {**sums, "weights_ptr": table}
+        cases.append(AotCase(csr_gather_sum_fwd_kernel, weighted, tile, config.num_warps))
+        cases.append(AotCase(csr_gather_sum_fwd_kernel, sums, {"weights_ptr": None, **tile}, config.num_warps))
+        products = {**plain, "grad_ptr": out}
+        cases.append(AotCase(csr_gather_sum_bwd_weights_kernel, products, tile, config.num_warps))
+    return cases
 
 
-AOT_CASES = _cases()
+AOT_CASES = (
+    *_cases("*fp32", "*fp32", "*i32", "*i32"),
+    *_cases("*bf16", "*bf16", "*i32", "*i32"),
+    *_cases("*fp16", "*fp16", "*i64", "*i64"),
+    *_cases("*fp32", "*bf16", "*i32", "*i64"),  # from unit sums to words, in hash_embedding_bag
+)

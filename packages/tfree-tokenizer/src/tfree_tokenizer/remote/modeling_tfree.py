@@ -145,8 +145,8 @@ class TFreeForCausalLM(TFreePreTrainedModel, GenerationMixin):
             if not is_training_step or output_word_logits:
                 is_tail = isinstance(logits_to_keep, int)
                 starts = None
-                if position_ids is not None and context_ids is None and context is input_ids:
-                    starts = document_starts(position_ids).expand_as(input_ids)
+                if position_ids is not None and context is not None and context is input_ids and context_ids is None:
+                    starts = document_starts(position_ids).expand_as(context)
                 logits = self.word_logits(hash_logits, words if is_tail else None, context, starts)
         result = CausalLMOutputWithPast(
             loss=loss,
