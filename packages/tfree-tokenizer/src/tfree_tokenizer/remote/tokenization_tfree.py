@@ -54,8 +54,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
         base_special_tokens: the tokens with the first ids. None: the end of text, other named tokens, the chat tokens.
         eos_token: ends a text, and every turn of a chat.
         pad_token: fills up batches.
-        chat_template: Jinja template. "default": the published chat format for a new tokenizer.
-        **kwargs: as for every tokenizer of transformers.
+        **kwargs: as for every tokenizer of transformers. `chat_template` is the published chat format unless given.
 
     Raises:
         ValueError: the dictionary or a setting is unusable; names it and the first offending words.
@@ -83,15 +82,13 @@ class TFreeTokenizer(PreTrainedTokenizer):
         base_special_tokens: Sequence[str] | None = None,
         eos_token: str | AddedToken | None = END_OF_TEXT,
         pad_token: str | AddedToken | None = END_OF_TEXT,
-        chat_template: str | dict[str, str] | None = _DEFAULT,
         **kwargs: Any,
     ) -> None:
         check_ruleset(ruleset)
         by_ruleset = None if ruleset == "v1" else 256
         byte_limit = checked_max_word_bytes(by_ruleset if max_word_bytes == _DEFAULT else max_word_bytes)
-        if chat_template == _DEFAULT:
-            chat_template = None if words is None else CHAT_TEMPLATE
         kwargs |= {"eos_token": eos_token, "pad_token": pad_token}
+        kwargs.setdefault("chat_template", None if words is None else CHAT_TEMPLATE)
         named = [str(kwargs[name]) for name in self.SPECIAL_TOKENS_ATTRIBUTES if kwargs.get(name) is not None]
         extra = kwargs.pop("extra_special_tokens", None) or []
         if isinstance(extra, dict):
@@ -114,7 +111,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
             special_syntax=special_syntax,
             base_special_tokens=list(base_special_tokens),
             extra_special_tokens=[*(token for token in base_special_tokens if token not in known), *extra],
-            chat_template=chat_template,
+            words=None,  # transformers expects to find every argument among the saved ones; the words have a file
             **kwargs,
         )
         self.ruleset, self.max_word_bytes, self.special_syntax = ruleset, byte_limit, special_syntax
