@@ -4,13 +4,14 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+# A file's tests stay in one worker, so that what its fixtures build is built once.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 PROJECTS := shared-kernels $(sort $(patsubst %/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)))
 SOURCES := $(wildcard shared-kernels/src packages/*/src)
 TOOLS := torch "triton; platform_system == 'Linux'" hatchling editables pytest pytest-xdist pytest-timeout hypothesis ruff mypy \
 	transformers accelerate peft datasets trl lm_eval kernels matplotlib pillow
-KEY := $(shell cat Makefile constraints.txt $(PROJECTS:%=%/pyproject.toml) | cksum | cut -d' ' -f1)
+KEY := $(shell { grep -A1 '^TOOLS' Makefile; cat constraints.txt $(PROJECTS:%=%/pyproject.toml); } | cksum | cut -d' ' -f1)
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false

@@ -16,8 +16,6 @@ from tests.support import audit
 from tests.support.processes import PACKAGES, run_python
 from tests.support.tfree import tiny_tfree
 
-pytestmark = pytest.mark.xdist_group("tfree-hub")
-
 REPOSITORY = "user/tfree-tiny"
 TOKENIZER_ONLY = "user/tfree-words"
 TEXT = "the house is Donaudampfschiff,  small\n\tHaus Donaudampfschiff"

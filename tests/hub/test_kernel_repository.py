@@ -12,8 +12,6 @@ from tests.support.tree import ROOT
 
 get_kernel = pytest.importorskip("kernels").get_kernel
 
-pytestmark = pytest.mark.xdist_group("kernel-repository")
-
 REPOSITORY = "user/shared-kernels"
 
 

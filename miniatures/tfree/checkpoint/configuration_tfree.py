@@ -45,6 +45,8 @@ class TFreeConfig(LlamaConfig):
     """
 
     model_type = "tfree"
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan | {"embed_tokens": "replicate"}
+    """Tensor parallelism splits the layers; every process holds the small tables whole."""
 
     vocab_size: int = 1024
     """Number of ids."""

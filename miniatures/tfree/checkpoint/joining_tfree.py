@@ -1,6 +1,6 @@
 """Ids back to text, a piece at a time; what has been written never changes when more ids follow."""
 
-from .words_tfree import Ruleset, expects_space
+from .words_tfree import Ruleset, SpecialSyntax, expects_space
 
 _REPLACEMENT = "\ufffd"
 
@@ -8,9 +8,9 @@ _REPLACEMENT = "\ufffd"
 class TextJoiner:
     """Writes words, spacing and bytes one after another, and the spaces that go without saying."""
 
-    def __init__(self, ruleset: Ruleset) -> None:
+    def __init__(self, ruleset: Ruleset, special_syntax: SpecialSyntax = "registered") -> None:
         self.pieces: list[str] = []
-        self._ruleset = ruleset
+        self._ruleset, self._any_special = ruleset, special_syntax == "any"
         self._left = ""  # the word that a space could follow; empty where none is expected
         self._bytes = bytearray()  # of a word that is not finished
 
@@ -35,7 +35,10 @@ class TextJoiner:
                 word = data.decode("utf-8", "surrogatepass")
             except UnicodeDecodeError:
                 word = data.decode("utf-8", "replace")
-            self._write(word)
+            if self._any_special and word.startswith("<|") and word.endswith("|>"):
+                self.add_verbatim(word)
+            else:
+                self._write(word)
 
     def text(self, first_piece: int = 0) -> str:
         """Return what is written from a piece on, an unfinished word with its incomplete character replaced."""

@@ -52,6 +52,7 @@ def final_positions(input_ids: Tensor, first_byte_id: int | None) -> Tensor:
     return (input_ids < first_byte_id) | (input_ids >= first_byte_id + 256)
 
 
+@torch.compiler.disable  # runs on the host, and how many words there are is data
 def find_words(
     input_ids: Tensor, dictionary: FactoredDictionary, spec: HashSpec, first_byte_id: int | None
 ) -> WordsInIds:
@@ -133,6 +134,7 @@ def seen_spelled_words(words: WordsInIds, document: Tensor, is_target: Tensor) -
     return first[row * documents + document[row, before + 1]] <= before[:, None]
 
 
+@torch.compiler.disable
 def copy_logits(
     logits: Tensor,
     scores: Tensor,

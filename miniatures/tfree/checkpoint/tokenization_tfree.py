@@ -20,7 +20,14 @@ from .patterns_tfree import fingerprint_words
 from .saving_tfree import staged_folder
 from .vocabulary_tfree import Vocabulary
 from .wordlist_tfree import WORDS_FILE, check_word_types, check_words, read_words, write_words
-from .words_tfree import Ruleset, SpecialSyntax, check_ruleset, checked_max_word_bytes, spacing_of_markers
+from .words_tfree import (
+    Ruleset,
+    SpecialSyntax,
+    check_ruleset,
+    check_special_syntax,
+    checked_max_word_bytes,
+    spacing_of_markers,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
@@ -54,8 +61,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
         base_special_tokens: the tokens with the first ids. None: the end of text, other named tokens, the chat tokens.
         eos_token: ends a text, and every turn of a chat.
         pad_token: fills up batches.
-        chat_template: Jinja template. "default": the published chat format for a new tokenizer.
-        **kwargs: as for every tokenizer of transformers.
+        **kwargs: as for every tokenizer of transformers. `chat_template` is the published chat format unless given.
 
     Raises:
         ValueError: the dictionary or a setting is unusable; names it and the first offending words.
@@ -83,15 +89,14 @@ class TFreeTokenizer(PreTrainedTokenizer):
         base_special_tokens: Sequence[str] | None = None,
         eos_token: str | AddedToken | None = END_OF_TEXT,
         pad_token: str | AddedToken | None = END_OF_TEXT,
-        chat_template: str | dict[str, str] | None = _DEFAULT,
         **kwargs: Any,
     ) -> None:
         check_ruleset(ruleset)
+        check_special_syntax(special_syntax)
         by_ruleset = None if ruleset == "v1" else 256
         byte_limit = checked_max_word_bytes(by_ruleset if max_word_bytes == _DEFAULT else max_word_bytes)
-        if chat_template == _DEFAULT:
-            chat_template = None if words is None else CHAT_TEMPLATE
         kwargs |= {"eos_token": eos_token, "pad_token": pad_token}
+        kwargs.setdefault("chat_template", None if words is None else CHAT_TEMPLATE)
         named = [str(kwargs[name]) for name in self.SPECIAL_TOKENS_ATTRIBUTES if kwargs.get(name) is not None]
         extra = kwargs.pop("extra_special_tokens", None) or []
         if isinstance(extra, dict):
@@ -114,7 +119,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
             special_syntax=special_syntax,
             base_special_tokens=list(base_special_tokens),
             extra_special_tokens=[*(token for token in base_special_tokens if token not in known), *extra],
-            chat_template=chat_template,
+            words=None,  # transformers expects to find every argument among the saved ones; the words have a file
             **kwargs,
         )
         self.ruleset, self.max_word_bytes, self.special_syntax = ruleset, byte_limit, special_syntax
@@ -172,8 +177,14 @@ class TFreeTokenizer(PreTrainedTokenizer):
         self._encoder = self._vocab = self._fingerprint = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out derived tables, so that copies are small and equal tokenizers pickle to equal bytes."""
-        return self.__dict__ | dict.fromkeys(("_encoder", "_vocab", "_fingerprint"))
+        """Leave out what is derived, so that copies are small and equal tokenizers pickle to equal bytes."""
+        derived = dict.fromkeys(("_encoder", "_vocab", "_fingerprint")) | {"tokens_trie": type(self.tokens_trie)()}
+        return self.__dict__ | derived
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put back what `__getstate__` left out."""
+        self.__dict__.update(state)
+        self._update_trie()
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
         if reserved := self._base.reserved.intersection(map(str, new_tokens)):
@@ -323,7 +334,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
             IndexError: an id is out of range.
             TypeError: an id is not an integer.
         """
-        joiner = TextJoiner(self.ruleset)
+        joiner = TextJoiner(self.ruleset, self.special_syntax)
         skipped = frozenset(self.all_special_ids) if skip_special_tokens else frozenset()
         if prev_id is not None:
             self._join(joiner, self._checked_ids(prev_id, "prev_id"), skipped)
@@ -359,7 +370,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """Join the names of ids to the text they stand for; other strings are taken for words."""
-        joiner = TextJoiner(self.ruleset)
+        joiner = TextJoiner(self.ruleset, self.special_syntax)
         for token in tokens:
             index = self.get_vocab().get(token)
             if index is None:

@@ -19,7 +19,7 @@ class Vocabulary:
     """
 
     def __init__(self, specials: Sequence[str], ruleset: Ruleset, words: Sequence[str]) -> None:
-        self.specials, self.words = tuple(specials), words
+        self.specials, self.ruleset, self.words = tuple(specials), ruleset, words
         self.structural = structural_words(ruleset)
         self.reserved = frozenset(self.structural).union(_BYTE_TOKENS)
         """Names of ids that are no text; a special or added token must not be called so."""
@@ -28,6 +28,10 @@ class Vocabulary:
         self.first_byte_id = self.first_structural_id + len(self.structural)
         self.first_word_id = self.first_byte_id + NUM_BYTE_IDS
         self._ids: dict[str, int] | None = None
+
+    def __reduce__(self) -> tuple[type["Vocabulary"], tuple[Sequence[str], Ruleset, Sequence[str]]]:
+        """Copy what it was made from: small, and equal for equal vocabularies."""
+        return Vocabulary, (self.specials, self.ruleset, self.words)
 
     def __len__(self) -> int:
         return self.first_word_id + len(self.words)

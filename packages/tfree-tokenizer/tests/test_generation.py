@@ -131,6 +131,14 @@ def test_a_conversation_continues_from_the_cache_of_the_last_turn(tiny):
     assert continued[:, unread.shape[1] :].tolist() == expected
 
 
+def test_streaming_the_single_best_word_is_greedy_generation(build, objective):
+    tiny = build(objective=objective, copy_spelled_words=False)
+    inputs = tiny.ids(SHORT, LONG)
+    streamed = tiny.model.generate_topk(**inputs, k=1, max_new_tokens=8)
+    generated = tiny.model.generate(**inputs, do_sample=False, max_new_tokens=8)
+    assert streamed.tolist() == generated.tolist()
+
+
 def test_embeddings_of_the_prompt_generate_what_its_ids_generate(tiny):
     inputs = tiny.ids("the house is")
     embeds = tiny.model.get_input_embeddings()(inputs["input_ids"])

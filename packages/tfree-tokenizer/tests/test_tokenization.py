@@ -1,4 +1,4 @@
-"""TFreeTokenizer as transformers and its users call it: ids and back, batches, pairs, truncation, tokens added later."""
+"""TFreeTokenizer as transformers and its users call it: ids and back, batches, pairs, truncation, added tokens."""
 
 import copy
 import pickle
@@ -176,12 +176,11 @@ def test_offsets_tell_the_characters_of_every_id(tokenizer):
 
 
 def test_offsets_survive_padding_truncation_and_pairs(tokenizer):
-    encoded = tokenizer(
-        ["the house is small", "a"], padding=True, truncation=True, max_length=3, return_offsets_mapping=True,
-        return_overflowing_tokens=True,
-    )  # fmt: skip
+    options = {"truncation": True, "max_length": 3, "return_offsets_mapping": True}
+    encoded = tokenizer(["the house is small", "a"], padding=True, **options)
     assert encoded["offset_mapping"] == [[(0, 3), (4, 9), (10, 12)], [(0, 1), (0, 0), (0, 0)]]
-    assert encoded["overflowing_tokens"] == [[526]]
+    single = tokenizer("the house is small", return_overflowing_tokens=True, **options)
+    assert (single["input_ids"], single["overflowing_tokens"]) == ([523, 524, 525], [526])
     tokenizer.truncation_side = "left"
     encoded = tokenizer("the house is", "small a", truncation="only_first", max_length=4, return_offsets_mapping=True)
     assert encoded["offset_mapping"] == [(4, 9), (10, 12), (0, 5), (6, 7)]

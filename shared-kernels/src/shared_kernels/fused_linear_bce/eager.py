@@ -111,24 +111,21 @@ def solve(problem: Problem, needs_x: bool, needs_weight: bool, step: LogitsStep)
     """Walk the chunks: logits, `step`, and the two products that carry its gradients to `x` and `weight`."""
     (N, D), V, device = problem.x.shape, problem.weight.shape[0], problem.x.device
     sums = _sum_dtype(problem.x.dtype)
-    # a CPU multiplies half precision no faster than float32, so there the products are formed in float32
+    # on a CPU a product of half precision is rounded to half precision, so there it is formed in float32
     products = sums if device.type == "cpu" else problem.x.dtype
     head = problem.weight.to(products)
     grad_x = torch.empty(N, D, dtype=sums, device=device) if needs_x else None
     grad_weight = torch.zeros(V, D, dtype=sums, device=device) if needs_weight else None
     losses = torch.empty(N, dtype=sums, device=device)
-    logits = torch.empty(min(N, problem.chunk_rows), V, dtype=sums, device=device)
-    gradients = logits if products == sums else torch.empty_like(logits, dtype=products)
+    logits = torch.empty(min(N, problem.chunk_rows) if products == sums else 0, V, dtype=sums, device=device)
     for start in range(0, N, problem.chunk_rows):
         stop = min(start + problem.chunk_rows, N)
         rows = problem.x[start:stop].to(products)
-        z = _multiply(rows, head.T, logits[: stop - start])
-        dz = gradients[: stop - start]
-        losses[start:stop] = step(z, dz, start, problem)
+        losses[start:stop], dz = _take_step(rows, head, logits[: stop - start], start, problem, step)
         if grad_x is not None:
-            _multiply(dz, head, grad_x[start:stop])
+            grad_x[start:stop] = _multiply(dz, head, sums)
         if grad_weight is not None:
-            _multiply_add(dz.T, rows, grad_weight)
+            _add_product(grad_weight, dz.T, rows)
     return Solution(losses, grad_x, grad_weight)
 
 
@@ -171,17 +168,33 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    return out.copy_(torch.mm(a, b, out_dtype=out.dtype))  # half precision in, float32 out: GPU only
+def _take_step(
+    rows: Tensor, head: Tensor, logits: Tensor, start: int, problem: Problem, step: LogitsStep
+) -> tuple[Tensor, Tensor]:
+    """Losses and gradients of the logits of a chunk; `logits` is its buffer, unless the gradients have another dtype."""
+    if rows.dtype == logits.dtype:
+        torch.mm(rows, head.T, out=logits)
+        return step(logits, logits, start, problem), logits
+    z = _multiply(rows, head.T, logits.dtype)
+    dz = torch.empty_like(z, dtype=rows.dtype)
+    return step(z, dz, start, problem), dz
 
 
-def _multiply_add(a: Tensor, b: Tensor, total: Tensor) -> None:
+def _multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product in `dtype`. Half precision is kept in float32 from the accumulator on where the device can do so."""
+    if a.dtype != dtype and a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to `total`; in slices of rows if the product has another dtype and has to be formed beside it."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        return
+    rows = max(1, _CHUNK_BYTES // (4 * max(1, total.shape[1])))
+    for part, factor in zip(total.split(rows), a.split(rows), strict=True):
+        part.add_(_multiply(factor, b, total.dtype))
 
 
 def _logits_step(z: Tensor, dz: Tensor, start: int, problem: Problem) -> Tensor:

@@ -20,7 +20,14 @@ from .patterns_tfree import fingerprint_words
 from .saving_tfree import staged_folder
 from .vocabulary_tfree import Vocabulary
 from .wordlist_tfree import WORDS_FILE, check_word_types, check_words, read_words, write_words
-from .words_tfree import Ruleset, SpecialSyntax, check_ruleset, checked_max_word_bytes, spacing_of_markers
+from .words_tfree import (
+    Ruleset,
+    SpecialSyntax,
+    check_ruleset,
+    check_special_syntax,
+    checked_max_word_bytes,
+    spacing_of_markers,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
@@ -85,6 +92,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> None:
         check_ruleset(ruleset)
+        check_special_syntax(special_syntax)
         by_ruleset = None if ruleset == "v1" else 256
         byte_limit = checked_max_word_bytes(by_ruleset if max_word_bytes == _DEFAULT else max_word_bytes)
         kwargs |= {"eos_token": eos_token, "pad_token": pad_token}
@@ -169,8 +177,14 @@ class TFreeTokenizer(PreTrainedTokenizer):
         self._encoder = self._vocab = self._fingerprint = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out derived tables, so that copies are small and equal tokenizers pickle to equal bytes."""
-        return self.__dict__ | dict.fromkeys(("_encoder", "_vocab", "_fingerprint"))
+        """Leave out what is derived, so that copies are small and equal tokenizers pickle to equal bytes."""
+        derived = dict.fromkeys(("_encoder", "_vocab", "_fingerprint")) | {"tokens_trie": type(self.tokens_trie)()}
+        return self.__dict__ | derived
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put back what `__getstate__` left out."""
+        self.__dict__.update(state)
+        self._update_trie()
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
         if reserved := self._base.reserved.intersection(map(str, new_tokens)):
@@ -320,7 +334,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
             IndexError: an id is out of range.
             TypeError: an id is not an integer.
         """
-        joiner = TextJoiner(self.ruleset)
+        joiner = TextJoiner(self.ruleset, self.special_syntax)
         skipped = frozenset(self.all_special_ids) if skip_special_tokens else frozenset()
         if prev_id is not None:
             self._join(joiner, self._checked_ids(prev_id, "prev_id"), skipped)
@@ -356,7 +370,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """Join the names of ids to the text they stand for; other strings are taken for words."""
-        joiner = TextJoiner(self.ruleset)
+        joiner = TextJoiner(self.ruleset, self.special_syntax)
         for token in tokens:
             index = self.get_vocab().get(token)
             if index is None:

@@ -161,8 +161,7 @@ class SpecialFinder:
     """Finds special tokens in a text, from the left, the longest first. Time is linear in the text for `"any"` too."""
 
     def __init__(self, special_tokens: Collection[str] = (), special_syntax: SpecialSyntax = "registered") -> None:
-        if special_syntax not in ("registered", "any"):
-            raise ValueError(f'special_syntax must be "registered" or "any", got {special_syntax!r}.')
+        check_special_syntax(special_syntax)
         if isinstance(special_tokens, str) or "" in special_tokens:
             raise ValueError("special_tokens must be a collection of strings that are not empty.")
         self.tokens = frozenset(special_tokens)
@@ -366,6 +365,12 @@ def check_ruleset(ruleset: str) -> None:
     """Raise ValueError unless the ruleset is known."""
     if ruleset not in _PACK_SIZES:
         raise ValueError(f'ruleset must be "v1" or "v2", got {ruleset!r}.')
+
+
+def check_special_syntax(special_syntax: str) -> None:
+    """Raise ValueError unless the syntax is known."""
+    if special_syntax not in ("registered", "any"):
+        raise ValueError(f'special_syntax must be "registered" or "any", got {special_syntax!r}.')
 
 
 def checked_max_word_bytes(limit: object) -> int | None:
