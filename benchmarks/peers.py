@@ -135,12 +135,19 @@ def dense_bce(
 
 
 def original_scores(z: Tensor, patterns: FlatPatterns, edge_weight: float) -> Tensor:
-    """[B, W] "contrast" scores, T = 1: gather one probability per active row, `index_add` into the words."""
+    """[B, W] "contrast" scores, T = 1: gather one probability per active row, `index_add` into the words.
+
+    As in the original, a batch repeats both index lists per row of logits. (Its lists lack the offsets that make the
+    rows differ, which gives every row the scores of the first; here they are added.)
+    """
     p = z.sigmoid()
-    total = p.new_zeros(z.shape[0], patterns.trigrams.shape[0])
+    (B, V), W = p.shape, patterns.trigrams.shape[0]
+    row_of_batch = torch.arange(B, device=z.device)[:, None]
+    total = p.new_zeros(B * W)
     for (word, row), weight in ((patterns.inner, 1.0), (patterns.edge, edge_weight)):
-        total.index_add_(1, word, p[:, row], alpha=weight)
-    return contrast(total, p.sum(1, keepdim=True), patterns)
+        gathered = p.view(-1)[(row_of_batch * V + row).view(-1)]
+        total.index_add_(0, (row_of_batch * W + word).view(-1), gathered, alpha=weight)
+    return contrast(total.view(B, W), p.sum(1, keepdim=True), patterns)
 
 
 def csr_scores(z: Tensor, matrix: Tensor, patterns: FlatPatterns) -> Tensor:

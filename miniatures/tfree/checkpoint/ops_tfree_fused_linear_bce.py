@@ -172,7 +172,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def _take_step(
     rows: Tensor, head: Tensor, logits: Tensor, start: int, problem: Problem, step: LogitsStep
 ) -> tuple[Tensor, Tensor]:
-    """Losses and gradients of the logits of a chunk; `logits` is its buffer, unless the gradients have another dtype."""
+    """Losses and gradients of a chunk of logits; `logits` is its buffer, unless the gradients have another dtype."""
     if rows.dtype == logits.dtype:
         torch.mm(rows, head.T, out=logits)
         return step(logits, logits, start, problem), logits
