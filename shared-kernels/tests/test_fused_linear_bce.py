@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from shared_kernels import fused_linear_bce
+from shared_kernels.fused_linear_bce import eager
 from shared_kernels.fused_linear_bce.eager import fused_linear_bce_eager
 from shared_kernels.fused_linear_bce.reference import fused_linear_bce_reference
 from shared_kernels.testing import random_sets, tolerances
@@ -193,6 +194,14 @@ def test_a_compiled_graph_has_no_breaks_and_the_same_gradients(impl):
     inputs = [x, weight, row_weight]
     actual, expected = (torch.autograd.grad(each(*inputs), inputs) for each in (compiled, function))
     torch.testing.assert_close(actual, expected)
+
+
+def test_products_of_another_dtype_are_added_slice_by_slice(monkeypatch):
+    monkeypatch.setattr(eager, "_CHUNK_BYTES", 4 * 6 * 2)  # two rows of six columns
+    total, a, b = torch.ones(5, 6), torch.randn(5, 3).bfloat16(), torch.randn(3, 6).bfloat16()
+    expected = 1.0 + a.double() @ b.double()
+    eager._add_product(total, a, b)
+    torch.testing.assert_close(total.double(), expected, **tolerances(torch.bfloat16, 3))
 
 
 MEMORY = """
