@@ -19,8 +19,8 @@ SHAPES = [
 HALF = [torch.bfloat16, torch.float16]
 
 
-def case(R, C, D, longest, dtype=torch.float32, index=torch.int32):
-    indptr, indices = random_csr(R, C, longest, index)
+def case(R, C, D, longest, dtype=torch.float32):
+    indptr, indices = random_csr(R, C, longest)
     table, weights = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((C, D), (indices.numel(),)))
     return indptr, indices, table, weights
 
@@ -34,15 +34,22 @@ def assert_equal_with_gradients(actual, expected, inputs, tolerance):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize(("R", "C", "D", "longest"), SHAPES)
-def test_sums_and_gradients_equal_the_definition(run, R, C, D, longest, index):
-    indptr, indices, table, weights = case(R, C, D, longest, index=index)
+def test_sums_and_gradients_equal_the_definition(run, R, C, D, longest):
+    indptr, indices, table, weights = case(R, C, D, longest)
     tolerance = tolerances(torch.float32, longest * 4 + D)
     plain, weighted = (run(csr_gather_sum, indptr, indices, table, each) for each in (None, weights))
     assert_equal_with_gradients(plain, csr_gather_sum_reference(indptr, indices, table), [table], tolerance)
     expected = csr_gather_sum_reference(indptr, indices, table, weights)
     assert_equal_with_gradients(weighted, expected, [table, weights], tolerance)
+
+
+@pytest.mark.parametrize("index", [(torch.int64, torch.int64), (torch.int32, torch.int64)], ids=["int64", "mixed"])
+def test_lists_may_be_int64(run, index):
+    indptr, indices, table, weights = case(7, 31, 13, 5)
+    expected = csr_gather_sum_reference(indptr, indices, table, weights)
+    actual = run(csr_gather_sum, indptr.to(index[0]), indices.to(index[1]), table, weights)
+    assert_equal_with_gradients(actual, expected, [table, weights], tolerances(torch.float32, 13))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
