@@ -74,6 +74,7 @@ class TFreeTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = {"vocab_file": WORDS_FILE}
     model_input_names = ["input_ids", "attention_mask"]
+    add_prefix_space = False  # transformers' name for it: a space before the first word is text like any other
     # Derived from words and added tokens, built when needed, see `_forget`.
     _encoder: TextEncoder | None = None
     _vocab: dict[str, int] | None = None
