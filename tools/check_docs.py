@@ -10,7 +10,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("packages/*", "shared-kernels")
-PAGES = ("*.md", "docs/*.md", "packages/*/*.md", "shared-kernels/*.md", "miniatures/*.md", "miniatures/*/*.md")
+PAGES = (
+    "*.md",
+    "benchmarks/*.md",
+    "docs/*.md",
+    "packages/*/*.md",
+    "shared-kernels/*.md",
+    "miniatures/*.md",
+    "miniatures/*/*.md",
+)
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:|mailto:|#)([^)#\s]+)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 MAKE = re.compile(r"\bmake ([a-z][a-z-]*)(?=[`\s])")
