@@ -66,6 +66,17 @@ def word_list(count: int) -> list[str]:
     A dictionary of a million words needs more than any text here holds; inflections and compounds of real words have
     the lengths and the shared trigrams of real words, which is what the cost depends on.
     """
+    real = _real_words()
+    words = dict.fromkeys(itertools.islice(itertools.chain(real, _inflected(real), _compounds(real)), 4 * count))
+    chosen = list(itertools.islice(words, count))
+    if len(chosen) < count:
+        raise ValueError(f"count must be at most {len(chosen)} for the text on this machine, got {count}.")
+    return chosen
+
+
+@lru_cache
+def _real_words() -> list[str]:
+    """Words of all texts, most frequent first."""
     counts: Counter[str] = Counter()
     for name in _SOURCES:
         try:
@@ -74,12 +85,7 @@ def word_list(count: int) -> list[str]:
             continue
         counts.update(WORD.findall(text.training))
         counts.update(WORD.findall(text.measured))
-    real = [word for word, _ in counts.most_common() if len(word) <= 24]
-    words = dict.fromkeys(itertools.islice(itertools.chain(real, _inflected(real), _compounds(real)), 4 * count))
-    chosen = list(itertools.islice(words, count))
-    if len(chosen) < count:
-        raise ValueError(f"count must be at most {len(chosen)} for the text on this machine, got {count}.")
-    return chosen
+    return [word for word, _ in counts.most_common() if len(word) <= 24]
 
 
 def _inflected(words: list[str]) -> Iterator[str]:

@@ -31,9 +31,11 @@ from benchmarks.scaling import CURVES, print_curve, try_curve
 
 TIMED = (  # most valuable first
     "tfree.embed.narrow",
+    "tfree.embed.layer",
     "tfree.decode.w1m.b8",
     "tfree.head_loss.v8k",
     "tfree.embed.backward.narrow",
+    "tfree.embed.layer.backward",
     "tfree.topk.w200k.b8",
     "tfree.embed.wide",
     "tfree.head_loss.v32k",

@@ -47,7 +47,7 @@ class StoredDictionary(nn.Module):
         """
         dictionary = FactoredDictionary(*(getattr(self, name) for name in _BUFFERS))
         if not self.is_checked:
-            if dictionary.word_units.numel() == 0:
+            if not dictionary.word_ptr.any():  # made from a configuration alone
                 raise ValueError("The model has no dictionary yet: call model.set_dictionary(tokenizer) first.")
             try:
                 dictionary.check(self.table_size)

@@ -121,8 +121,8 @@ def _texts_of(sequence: Any, is_split: bool) -> list[str] | None:
     if isinstance(sequence, str):
         return [sequence]
     if isinstance(sequence, (list, tuple)):
-        if all(isinstance(part, str) for part in sequence) and (is_split or not sequence):
+        if not sequence or (is_split and all(isinstance(part, str) for part in sequence)):
             return list(sequence)
-        if all(isinstance(part, int) for part in sequence):
+        if isinstance(sequence[0], int):
             return None
     raise ValueError(f"text must be a string, a list of strings or a list of ids, got {type(sequence).__name__}.")

@@ -238,21 +238,25 @@ def split_plain(text: str, ruleset: Ruleset, max_word_bytes: int | None) -> list
 
 def split_unmarked(text: str, ruleset: Ruleset, max_word_bytes: int | None) -> list[str]:
     """Split plain text, spacing left as runs of spaces or line breaks, and '' where an expected space is missing."""
-    return _split_v1(text, max_word_bytes) if ruleset == "v1" else _split_v2(text, max_word_bytes)
+    if ruleset == "v1" or text.isascii():
+        return _split_runs(text, ruleset, max_word_bytes)
+    return _split_clusters(text, max_word_bytes)
 
 
-@lru_cache(maxsize=1)
-def _pattern_v1() -> re.Pattern[str]:
-    """One pass: '' where an expected space is missing, and no match for a space that is expected."""
-    after, before = ("".join(sorted(map(re.escape, characters))) for characters in spaces_around("v1"))
-    left, right = f"(?<=[^{after}])", f"(?=[^{before}])"
-    return re.compile(rf"(?:{left} {right})?({left}{right}| +|\n+|[^\W\d_]+|[\W\d_])")
-
-
-def _split_v1(text: str, max_word_bytes: int | None) -> list[str]:
-    words = _pattern_v1().findall(text)
-    # Only letter runs are long enough to be cut, and between two letters of v1 a space is always expected.
+def _split_runs(text: str, ruleset: Ruleset, max_word_bytes: int | None) -> list[str]:
+    """Split where words are runs of letters or single characters: under v1, and ASCII under v2 too."""
+    words = _run_pattern(ruleset, text.isascii()).findall(text)
+    # Only runs of letters are long enough to be cut, and between two of their letters a space is always expected.
     return words if max_word_bytes is None else _with_cuts(words, max_word_bytes)
+
+
+@lru_cache(maxsize=3)
+def _run_pattern(ruleset: Ruleset, is_ascii: bool) -> re.Pattern[str]:
+    """One pass: '' where an expected space is missing, and no match for a space that is expected."""
+    after, before = ("".join(sorted(map(re.escape, characters))) for characters in spaces_around(ruleset))
+    expected_space = f"(?: (?<=[^{after}] )(?=[^{before}]))?+"
+    letter = "A-Za-z" if is_ascii else r"^\W\d_"  # a set of characters is quicker than a property of theirs
+    return re.compile(rf"{expected_space}((?<=[^{after}])(?=[^{before}])|[{letter}]++| ++|\n++|.)", re.DOTALL)
 
 
 @lru_cache(maxsize=1)
@@ -275,13 +279,13 @@ def word_starts_v2(kinds: bytes) -> list[int]:
     return [found.start() for found in _pattern_v2().finditer(kinds)]
 
 
-def _split_v2(text: str, max_word_bytes: int | None) -> list[str]:
-    """Like `_split_v1`: '' where an expected space is missing; a single expected space is left out."""
+def _split_clusters(text: str, max_word_bytes: int | None) -> list[str]:
+    """Split under v2: '' where an expected space is missing; a single expected space is left out."""
     classes = character_table("v2").take(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4"))
     starts = word_starts_v2((classes & KIND_BITS).tobytes())
     class_of = classes.tobytes()
     atoms = [text[start:end] for start, end in itertools.pairwise([*starts, len(text)])]
-    if max_word_bytes is not None and any(4 * len(atom) > max_word_bytes for atom in atoms):
+    if max_word_bytes is not None and 4 * max(map(len, atoms), default=0) > max_word_bytes:
         atoms = [part for atom in atoms for part in cut_word(atom, max_word_bytes)]
 
     words: list[str] = []
@@ -304,7 +308,7 @@ def _split_v2(text: str, max_word_bytes: int | None) -> list[str]:
 
 
 def _with_cuts(words: list[str], max_word_bytes: int) -> list[str]:
-    if all(4 * len(word) <= max_word_bytes for word in words):
+    if 4 * max(map(len, words), default=0) <= max_word_bytes:
         return words
     cut: list[str] = []
     for word in words:

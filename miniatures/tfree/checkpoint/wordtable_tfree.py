@@ -13,7 +13,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 _FOLD = np.uint64(0xD6E8FEB86659FD93)
 _LANE_MIX = np.uint64(0xBF58476D1CE4E5B9)
 _HALF = np.uint64(32)
-_WINDOW = np.arange(4)  # after the first slot, so many are looked at together: a round costs more than its few rows
+_WINDOW = np.arange(8)  # after the first slot, so many are looked at together: a round costs more than its few rows
 
 
 class Keys:
@@ -106,7 +106,7 @@ class WordTable:
         rows = ((words >= 0) & ~is_right).nonzero()[0]  # another word is in the slot, so the search goes on
         slots = slots.take(rows) + 1
         while len(rows):
-            window = (slots[:, None] + _WINDOW) & self._mask  # [rows, 4]
+            window = (slots[:, None] + _WINDOW) & self._mask  # [rows, 8]
             words = self._words.take(window)
             proposed = (self._hashes.take(window) == keys.hashes.take(rows)[:, None]) & (words >= 0)
             column = proposed.argmax(axis=1)  # 0 if there is none

@@ -1,6 +1,7 @@
 """TFreeTokenizer as transformers and its users call it: ids and back, batches, pairs, truncation, added tokens."""
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AddedToken, PreTrainedTokenizer
 
 from tests.support.word_rules import random_texts
 from tfree_tokenizer import TFreeTokenizer, fingerprint_words, structural_words
-from tfree_tokenizer.remote import encoding_tfree
+from tfree_tokenizer.remote import encoding_tfree, tokenization_tfree
 
 WORDS = ["the", "house", "is", "small", "Hello", "World", "!", ".", "1", "a", "日本", "é", "|"]
 WORDS_V2 = [*(word for word in WORDS if word != "日本"), "日", "हिन्दी"]
@@ -34,7 +35,7 @@ def shared(request):
 @pytest.mark.parametrize("syntax", ["registered", "any"])
 @pytest.mark.parametrize("ruleset", ["v1", "v2"])
 def test_every_string_comes_back(ruleset, syntax, numpy_from, monkeypatch):
-    monkeypatch.setattr(encoding_tfree, "NUMPY_FROM", {ruleset: numpy_from})
+    monkeypatch.setattr(encoding_tfree, "NUMPY_FROM", dict.fromkeys(encoding_tfree.NUMPY_FROM, numpy_from))
     tokenizer = TFreeTokenizer(WORDS if ruleset == "v1" else WORDS_V2, ruleset=ruleset, special_syntax=syntax)
     texts = list(random_texts(2_500, seed=21))
     for split_special_tokens in (False, True):
@@ -119,6 +120,29 @@ def test_padding_fills_either_side_and_masks_it(tokenizer):
     assert longer["input_ids"].shape == (2, 4)
     assert tokenizer("the house", return_tensors="pt")["input_ids"].shape == (1, 2)
     assert tokenizer("a", padding="max_length", max_length=3)["input_ids"] == [532, 0, 0]
+
+
+@pytest.mark.parametrize("tensors", ["pt", "np", None])
+@pytest.mark.parametrize("padding", [True, "max_length", False])
+def test_padding_is_that_of_transformers(tokenizer, padding, tensors, monkeypatch):
+    options = {"padding": padding, "return_tensors": tensors, "truncation": False, "verbose": False}
+
+    def padded():
+        rows = []
+        for length, multiple, side, texts in itertools.product(
+            (None, 1, 5), (None, 4), (None, "left", "right"), ("the", ["the house", "x the the", ""], [""])
+        ):
+            lengths = {"max_length": length, "pad_to_multiple_of": multiple, "padding_side": side}
+            try:
+                encoded = tokenizer(texts, **lengths, **options)
+                rows.append([(name, type(value), str(value)) for name, value in encoded.items()])
+            except ValueError:
+                rows.append(ValueError)
+        return rows
+
+    ours = padded()
+    monkeypatch.setattr(tokenization_tfree, "is_plain_call", lambda *_: False)
+    assert ours == padded()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

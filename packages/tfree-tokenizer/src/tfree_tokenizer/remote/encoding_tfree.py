@@ -8,8 +8,8 @@ import numpy as np
 from .lookup_tfree import Encoded, Fixed, WordLookup
 from .words_tfree import SpecialFinder, SpecialSyntax
 
-NUMPY_FROM = {"v1": 4000, "v2": 1000}
-"""Characters from which numpy is faster than a regular expression and a dict."""
+NUMPY_FROM = {"runs": 5000, "clusters": 1000}
+"""Characters from which numpy is faster than a regular expression and a dict, under simple rules and those of v2."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], *, split_special_tokens: bool = False) -> list[list[int]]:
         """Return the ids of every text; special tokens are plain text if they shall be split."""
         fixed = None if split_special_tokens else self._fixed(texts)
-        if sum(map(len, texts)) >= NUMPY_FROM[self.lookup.ruleset]:
+        rules = "runs" if self.lookup.ruleset == "v1" or all(map(str.isascii, texts)) else "clusters"
+        if sum(map(len, texts)) >= NUMPY_FROM[rules]:
             return [encoded.ids.tolist() for encoded in self.lookup.encode(texts, fixed)]
         if fixed is None:
             return [self.lookup.encode_short(text) for text in texts]

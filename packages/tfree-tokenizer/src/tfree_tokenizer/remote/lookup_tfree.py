@@ -79,7 +79,7 @@ class WordLookup:
         """Return the ids of a text without special tokens, by regular expression and dict."""
         words = split_unmarked(text, self.ruleset, self._max_word_bytes)
         ids = list(map(self._known_ids().get, words))
-        return list(self._spell_unknown(words, ids)) if None in ids else cast("list[int]", ids)
+        return self._spell_unknown(words, ids) if None in ids else cast("list[int]", ids)
 
     def encode(
         self, texts: Sequence[str], fixed: Sequence[Sequence[Fixed]] | None = None, *, with_spans: bool = False
@@ -109,16 +109,21 @@ class WordLookup:
             self._ids = ids
         return self._ids
 
-    def _spell_unknown(self, words: Sequence[str], ids: Sequence[int | None]) -> Iterator[int]:
-        for word, index in zip(words, ids, strict=True):
-            if index is not None:
-                yield index
-            elif word[0] == " ":
-                yield from pack(len(word), self._spaces)
+    def _spell_unknown(self, words: Sequence[str], ids: list[int | None]) -> list[int]:
+        out: list[int] = []
+        known = 0
+        for _ in range(ids.count(None)):
+            unknown = ids.index(None, known)
+            out += cast("list[int]", ids[known:unknown])
+            word = words[unknown]
+            if word[0] == " ":
+                out += pack(len(word), self._spaces)
             elif word[0] == "\n":
-                yield from pack(len(word), self._lines)
+                out += pack(len(word), self._lines)
             else:
-                yield from self.spell(word)
+                out += self.spell(word)
+            known = unknown + 1
+        return out + cast("list[int]", ids[known:])
 
     def _encode(self, joined: "_Joined", with_spans: bool) -> list[Encoded]:
         """Count the ids of every item, which tells where they go; then write them kind by kind."""

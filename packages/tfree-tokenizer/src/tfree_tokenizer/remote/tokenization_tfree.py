@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
-from transformers.utils import PaddingStrategy, TensorType
 
 from .alignment_tfree import join_located, restore, tagged
 from .encoding_tfree import TextEncoder
 from .inputs_tfree import Inputs, is_plain_call
 from .joining_tfree import TextJoiner
 from .lookup_tfree import WordLookup
+from .padding_tfree import pad_rows
 from .patterns_tfree import fingerprint_words
 from .saving_tfree import staged_folder
 from .vocabulary_tfree import Vocabulary
@@ -247,46 +247,13 @@ class TFreeTokenizer(PreTrainedTokenizer):
         ids = inputs.replace_texts(lambda texts: self._ids_of(texts, split_special_tokens), _concatenate)
         if ids.second is not None or not is_plain_call(kwargs, self.model_input_names):
             return super()._encode_plus(*ids.arguments(), **kwargs)
-        return self._pad_only(ids, **kwargs)
+        return pad_rows(self, ids, **kwargs)
 
     def _ids_of(self, texts: Sequence[str], split_special_tokens: bool) -> list[list[int]]:
         if self._takes_tokens_as_they_stand():
             return self._text_encoder().encode(texts, split_special_tokens=split_special_tokens)
         tokens = (super(TFreeTokenizer, self).tokenize(t, split_special_tokens=split_special_tokens) for t in texts)
         return [self.convert_tokens_to_ids(names) for names in tokens]
-
-    def _pad_only(
-        self,
-        ids: Inputs,
-        add_special_tokens: bool = True,
-        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_tensors: str | TensorType | None = None,
-        return_attention_mask: bool | None = None,
-        verbose: bool = True,
-        **kwargs: Any,
-    ) -> BatchEncoding:
-        """Do what transformers does to single sequences without truncation, without its cost per sequence."""
-        rows = [self.build_inputs_with_special_tokens(row) if add_special_tokens else row for row in ids.first]
-        for row in rows:
-            self._eventual_warn_about_too_long_sequence(row, max_length, verbose)
-        data = {"input_ids": rows}
-        if return_attention_mask or (return_attention_mask is None and "attention_mask" in self.model_input_names):
-            data["attention_mask"] = [[1] * len(row) for row in rows]
-        if padding_strategy != PaddingStrategy.DO_NOT_PAD and rows:
-            data = self.pad(
-                data,
-                padding=padding_strategy.value,
-                max_length=max_length,
-                pad_to_multiple_of=pad_to_multiple_of,
-                padding_side=padding_side,
-                return_attention_mask=return_attention_mask,
-            ).data
-        if not ids.is_batched:
-            data = {name: values[0] for name, values in data.items()}
-        return BatchEncoding(data, tensor_type=return_tensors, prepend_batch_axis=not ids.is_batched)
 
     def _encode_located(
         self, inputs: Inputs, split_special_tokens: bool, wants_spans: bool, kwargs: dict[str, Any]
