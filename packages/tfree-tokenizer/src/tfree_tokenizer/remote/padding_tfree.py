@@ -1,4 +1,4 @@
-"""Rows of ids to batches: what transformers does to whole single sequences, without its cost per sequence and per id."""
+"""Rows of ids to batches: what transformers does to single sequences, without its cost per sequence and per id."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def pad_rows(
     return_tensors: str | TensorType | None = None,
     return_attention_mask: bool | None = None,
     verbose: bool = True,
-    **unused: Any,
+    **_: Any,
 ) -> BatchEncoding:
     """Pad ids that are neither pairs nor to be truncated. Options as in `_encode_plus`; see `is_plain_call`."""
     rows = [tokenizer.build_inputs_with_special_tokens(row) if add_special_tokens else row for row in ids.first]
