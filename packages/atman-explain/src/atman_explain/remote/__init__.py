@@ -1,1 +1,0 @@
-"""Files that are copied into model repositories: flat, and free of imports that a user may lack."""
