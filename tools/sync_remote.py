@@ -32,6 +32,11 @@ VENDORED = (
         slug="tfree",
         operators=("csr_gather_sum", "decode_scores", "fused_linear_bce", "hash_embedding_bag"),
     ),
+    Vendoring(
+        folder="packages/atman-explain/src/atman_explain/remote",
+        slug="atman",
+        operators=("atman_attention",),
+    ),
 )
 
 CHECKPOINTS = {"miniatures/tfree/checkpoint": "packages/tfree-tokenizer/src/tfree_tokenizer/remote"}
