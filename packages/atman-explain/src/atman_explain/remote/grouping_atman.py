@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from .explanation_atman import Explanation
-from .units_atman import Unit, text_spans
+from .segments_atman import text_spans
+from .units_atman import Unit
 
 
 def group_by_text(explanation: Explanation, granularity: str) -> list[list[int]]:

@@ -1,0 +1,91 @@
+"""Passes over whole rows: exact for every model, at the cost of computing again what a suppressed column cannot change."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .hook_atman import active
+from .observing_atman import Observation, plain_inputs, target_rows
+from .passages_atman import LOGITS_BUDGET, Passage, Readout, Suppression, forward_rows, pack
+from .suppressing_atman import SuppressedColumns
+
+
+class BatchPasses:
+    """A few passages of one causal model, run again from their first column on.
+
+    Args:
+        model: in eval mode, switched to AtMan's attention.
+        passages: what to run.
+        observed: their plain runs.
+        chosen: attention modules that are manipulated.
+        heads: which query heads are; None: all.
+        mode: how scores are changed.
+        readout: what is read off the logits.
+        tokens: positions computed in one pass.
+        most: suppressions in one pass.
+    """
+
+    is_causal = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        passages: Sequence[Passage],
+        observed: Sequence[Observation],
+        *,
+        chosen: Sequence[nn.Module],
+        heads: Sequence[int] | None,
+        mode: str,
+        readout: Readout,
+        tokens: int,
+        most: int | None,
+    ) -> None:
+        self._model = model
+        self._passages = passages
+        self._observed = observed
+        self._chosen = {id(module) for module in chosen}
+        self._heads = heads
+        self._mode = mode
+        self._readout = readout
+        self._tokens = tokens
+        self._most = most
+        self.baseline = [each.readouts for each in observed]
+        self.num_positions = 0
+
+    def embeds(self, passage: int) -> Tensor:
+        """Input embeddings [T, D] of a passage."""
+        return self._observed[passage].input.embeds
+
+    def run(self, items: Sequence[Suppression]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the index of every item and its read-outs [M], in an order of its own choice."""
+        for number, passage in enumerate(self._passages):
+            mine = [index for index, item in enumerate(items) if item.passage == number]
+            inputs = plain_inputs(passage, self._model)
+            by_logits = max(
+                1, LOGITS_BUDGET // (len(passage.target_ids) * self._model.config.get_text_config().vocab_size)
+            )
+            most = by_logits if self._most is None else min(by_logits, self._most)
+            for group in pack(mine, [passage.length] * len(mine), tokens=self._tokens, most=most):
+                chosen = [mine[each] for each in group]
+                factors = torch.stack([items[index].factors() for index in chosen])
+                yield from zip(chosen, self._run(passage, inputs, factors), strict=True)
+
+    def _run(self, passage: Passage, inputs: Mapping[str, Any], factors: Tensor) -> Tensor:
+        """Read-outs [n, M] under factors [n, T]."""
+        self.num_positions += factors.numel()
+        wide = torch.float64 if self._model.dtype == torch.float64 else torch.float32
+        with active(SuppressedColumns(self._chosen, factors.to(wide), self._mode, self._heads)):
+            logits = forward_rows(self._model, target_rows(passage, self._model), **tiled(inputs, len(factors)))
+        targets = torch.tensor(passage.target_ids, device=logits.device)
+        return self._readout(logits, targets.expand(len(factors), -1))
+
+
+def tiled(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """The inputs of one row, as those of a batch of equal rows."""
+    return {
+        name: value.repeat(times, *(1,) * (value.ndim - 1)) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }

@@ -1,0 +1,222 @@
+"""Exact fast passes for causal language models: shared prefixes, packed suffixes.
+
+Suppressing column i cannot change rows before i. So one plain pass keeps every layer's keys and values, and a
+suppressed pass runs the rows from i on only, against the kept keys of the rows before. Many such suffixes run side by
+side in one packed forward pass of batch 1, and only rows that predict a target reach the head. Memory is that of the
+kept keys and values and of one packed pass, however many units there are.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .hook_atman import AttentionCall, Intervention, active, only_heads
+from .kernels_atman import atman_suffix_attention
+from .passages_atman import LOGITS_BUDGET, Passage, Readout, Suppression, forward_rows, pack
+
+
+@dataclass(frozen=True)
+class DecoderInput:
+    """A passage as it enters the decoder: images already merged, positions known."""
+
+    embeds: Tensor
+    """[T, D]"""
+    position_ids: Tensor
+    """[1, T], or [3, 1, T] where positions have several axes."""
+
+
+@dataclass(frozen=True)
+class _Segment:
+    passage: int
+    start: int
+    factors: Tensor | None  # [T - start]
+
+
+class _PackedAttention(Intervention):
+    """Attention of packed segments, each causal, behind the part of its passage that is known already."""
+
+    needs_mask = False
+
+    def __init__(
+        self,
+        modules: Collection[int],
+        chosen: Collection[int],
+        kept: dict[int, tuple[Tensor, Tensor]],
+        heads: list[int] | None,
+        mode: str,
+        factors: Tensor | None,
+        layout: dict[str, Tensor],
+        keeps: bool,
+    ) -> None:
+        self.modules = modules
+        self._chosen = chosen
+        self._kept = kept
+        self._heads = heads
+        self._mode = mode
+        self._factors = factors
+        self._layout = layout
+        self._keeps = keeps
+        self.num_calls = 0
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        self.num_calls += 1
+        name = id(call.module)
+        query, key, value = (each[0].transpose(0, 1) for each in (call.query, call.key, call.value))  # [S, heads, D]
+        if self._keeps:
+            self._kept[name] = key.contiguous(), value.contiguous()
+            prefix_key, prefix_value = key[:0], value[:0]
+        else:
+            prefix_key, prefix_value = self._kept[name]
+
+        def attend(factors: Tensor | None) -> Tensor:
+            return atman_suffix_attention(
+                query,
+                key,
+                value,
+                prefix_key,
+                prefix_value,
+                factors,
+                mode=self._mode,
+                scale=call.scale,
+                softcap=call.softcap,
+                sinks=call.sinks,
+                window=call.window,
+                **{name: tensor.to(key.device) for name, tensor in self._layout.items()},
+            )
+
+        if self._factors is None or name not in self._chosen:
+            return attend(None).transpose(0, 1)[None]
+        out = attend(self._factors.to(key.device))
+        if self._heads is not None:
+            out = only_heads(out, attend(None), self._heads, dim=1)
+        return out.transpose(0, 1)[None]
+
+
+def _packed_factors(segments: Sequence[_Segment], passages: Sequence[Passage], dtype: torch.dtype) -> Tensor | None:
+    """Factors [S] of all segments' own columns; None if nothing is suppressed."""
+    if all(each.factors is None for each in segments):
+        return None
+    parts = [
+        torch.ones(passages[each.passage].length - each.start) if each.factors is None else each.factors
+        for each in segments
+    ]
+    return torch.cat(parts).to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+class DecoderPasses:
+    """A few passages of one model, ready to be run again with suppressed columns.
+
+    Args:
+        model: a causal language model in eval mode, switched to AtMan's attention.
+        passages: what to run; together they should be about as long as the token budget.
+        inputs: of each passage.
+        modules: every attention module of the decoder, in order.
+        chosen: those that are manipulated.
+        heads: which query heads are; None: all.
+        mode: how scores are changed.
+        readout: what is read off the logits.
+        tokens: positions computed in one pass.
+        most: suppressions in one pass.
+    """
+
+    is_causal = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        passages: Sequence[Passage],
+        inputs: Sequence[DecoderInput],
+        modules: Sequence[nn.Module],
+        *,
+        chosen: Sequence[nn.Module],
+        heads: Sequence[int] | None,
+        mode: str,
+        readout: Readout,
+        tokens: int,
+        most: int | None,
+    ) -> None:
+        self._model = model
+        self._passages = passages
+        self._modules = {id(module) for module in modules}
+        self._chosen = {id(module) for module in chosen}
+        self._heads = heads
+        self._mode = mode
+        self._readout = readout
+        self._tokens = tokens
+        self._most = most
+        self._embeds = torch.cat([each.embeds for each in inputs])  # [sum T, D]
+        self._position_ids = torch.cat([each.position_ids for each in inputs], dim=-1)
+        ends = torch.tensor([each.length for each in passages]).cumsum(0)
+        self._offsets = [0, *ends.tolist()]
+        self._targets = [torch.tensor(each.target_ids, device=self._embeds.device) for each in passages]
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.num_positions = 0
+        """Positions computed so far: what the cost is made of."""
+        segments = [_Segment(index, 0, None) for index in range(len(passages))]
+        self.baseline = self._run(segments, keeps=True)
+        """Read-outs [M] of every passage, nothing suppressed."""
+
+    def embeds(self, passage: int) -> Tensor:
+        """Input embeddings [T, D] of a passage."""
+        return self._embeds[self._offsets[passage] : self._offsets[passage + 1]]
+
+    def probe(self) -> Tensor:
+        """Read-outs [M] of the first passage whose second half is computed behind the kept first half."""
+        (out,) = self._run([_Segment(0, min(self._passages[0].length // 2, self._passages[0].first_row), None)])
+        return out
+
+    def run(self, items: Sequence[Suppression]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the index of every item and its read-outs [M], in an order of its own choice."""
+        order = sorted(range(len(items)), key=lambda index: (items[index].passage, items[index].start))
+        starts = [min(items[i].start, self._passages[items[i].passage].first_row) for i in order]
+        lengths = [self._passages[items[i].passage].length - start for i, start in zip(order, starts, strict=True)]
+        longest_target = max(len(passage.target_ids) for passage in self._passages)
+        by_logits = max(1, LOGITS_BUDGET // (longest_target * self._model.config.get_text_config().vocab_size))
+        most = by_logits if self._most is None else min(by_logits, self._most)
+        for group in pack(order, lengths, tokens=self._tokens, most=most):
+            segments = [
+                _Segment(items[order[n]].passage, starts[n], items[order[n]].factors()[starts[n] :]) for n in group
+            ]
+            yield from zip((order[n] for n in group), self._run(segments), strict=True)
+
+    def _run(self, segments: Sequence[_Segment], keeps: bool = False) -> list[Tensor]:
+        device = self._embeds.device
+        columns = [
+            torch.arange(self._offsets[each.passage] + each.start, self._offsets[each.passage + 1]) for each in segments
+        ]
+        ends = torch.tensor([0, *(len(each) for each in columns)]).cumsum(0)
+        rows = [
+            torch.arange(len(passage.target_ids)) + (end - each.start + passage.first_row)
+            for each, end in zip(segments, ends[:-1].tolist(), strict=True)
+            for passage in [self._passages[each.passage]]
+        ]
+        index = torch.cat(columns).to(device)
+        self.num_positions += len(index)
+        attention = _PackedAttention(
+            self._modules,
+            self._chosen,
+            self._kept,
+            None if self._heads is None else list(self._heads),
+            self._mode,
+            _packed_factors(segments, self._passages, self._embeds.dtype),
+            {
+                "cu_seqlens": ends,
+                "prefix_start": torch.tensor([self._offsets[each.passage] for each in segments]),
+                "prefix_length": torch.tensor([each.start for each in segments]),
+            },
+            keeps,
+        )
+        with active(attention):
+            logits = forward_rows(
+                self._model,
+                torch.cat(rows).to(device),
+                inputs_embeds=self._embeds[index][None],
+                position_ids=self._position_ids[..., index],
+                use_cache=False,
+            )
+        targets = [self._targets[each.passage] for each in segments]
+        read = self._readout(logits[0], torch.cat(targets))
+        return list(read.split([len(each) for each in targets]))

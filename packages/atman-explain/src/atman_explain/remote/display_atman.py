@@ -1,0 +1,143 @@
+"""What all pictures of an explanation share: the prompt cut into coloured pieces, harmless text, colours, labels."""
+
+import math
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from .explanation_atman import Explanation
+
+Color = tuple[int, int, int]
+SUPPORTS: Color = (214, 39, 40)
+OPPOSES: Color = (31, 99, 210)
+WHITE: Color = (255, 255, 255)
+_JOINERS = "\u200c\u200d"  # of scripts and emoji, harmless
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the prompt; `unit` is the index of the unit it is, or None for text that was not scored."""
+
+    text: str
+    unit: int | None
+
+
+def prompt_pieces(explanation: Explanation) -> list[Piece]:
+    """Cut the prompt, and the target tokens that are units, into pieces in reading order; images are left out."""
+    units = explanation.units
+    order = sorted((u for u in range(len(units)) if units[u].kind != "image"), key=lambda u: units[u].columns[:1])
+    is_placed = all(units[u].span is not None for u in order if units[u].kind == "text")
+    if explanation.prompt is not None and is_placed:
+        return list(_pieces_of_text(explanation, explanation.prompt, order))
+    return list(_pieces_of_tokens(explanation, order))
+
+
+def _pieces_of_text(explanation: Explanation, prompt: str, order: list[int]) -> Iterator[Piece]:
+    end = 0
+    for u in order:
+        unit = explanation.units[u]
+        start, stop = unit.span or (len(prompt), len(prompt))
+        if start > end:
+            yield Piece(prompt[end:start], None)
+        yield Piece(unit.text, u)
+        end = max(end, stop)
+    if end < len(prompt):
+        yield Piece(prompt[end:], None)
+
+
+def _pieces_of_tokens(explanation: Explanation, order: list[int]) -> Iterator[Piece]:
+    owner = {column: u for u in reversed(order) for column in explanation.units[u].columns}
+    columns = [(owner.get(column), text) for column, text in enumerate(explanation.tokens)]
+    shown = set()
+    for (u, _), group in groupby(columns, key=lambda pair: (pair[0], pair[1] if pair[0] is None else "")):
+        texts = [text for _, text in group]
+        if u is None:  # a run of the same token is the place of an image, or padding
+            yield Piece(texts[0] if len(texts) == 1 else f"{texts[0]}×{len(texts)}", None)
+        else:
+            shown.add(u)
+            yield Piece("".join(texts), u)
+    yield from (Piece(explanation.units[u].text, u) for u in order if u not in shown)
+
+
+def visible(text: str, newline: str = "↵") -> str:
+    """Replace characters that would move the cursor, hide or turn text around; `newline` stands for a line break."""
+    blank = not text.strip(" ")
+    return "".join(_visible(character, newline, blank) for character in text)
+
+
+def _visible(character: str, newline: str, blank: bool) -> str:
+    if character == "\n":
+        return newline
+    if character == "\t":
+        return "→"
+    if character == " ":
+        return "·" if blank else " "
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS:
+        return f"\\u{ord(character):04x}"
+    return character
+
+
+def shorten(text: str, most: int) -> str:
+    """Cut a text to so many characters, the last being an ellipsis."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def display_width(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    return sum(
+        0 if unicodedata.combining(c) or c in _JOINERS else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def greatest(scores: Iterable[float]) -> float:
+    """Size of the largest score, for a scale that is symmetric about 0; 1 if there is none."""
+    return max((abs(score) for score in scores if math.isfinite(score)), default=0.0) or 1.0
+
+
+def blend(strength: float, background: Color = WHITE, opacity: float = 0.9) -> Color:
+    """Mix the color of a score into a background: red supports, blue opposes.
+
+    Args:
+        strength: in [-1, 1], the score over the greatest score.
+        background: 0 to 255 each.
+        opacity: of strength 1.
+    """
+    share = min(abs(strength), 1.0) * opacity
+    ink = SUPPORTS if strength > 0 else OPPOSES
+    red, green, blue = (round(share * i + (1 - share) * b) for i, b in zip(ink, background, strict=True))
+    return red, green, blue
+
+
+def luminance(color: Color) -> float:
+    """Relative luminance in [0, 1] as defined by WCAG 2."""
+    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def text_color(background: Color) -> Color:
+    """Black or white, whichever contrasts more."""
+    return (0, 0, 0) if luminance(background) > 0.179 else WHITE
+
+
+def target_text(explanation: Explanation, target: int | None) -> str:
+    """The explained text as shown to people, in quotes; None stands for all targets."""
+    targets = explanation.targets if target is None else (explanation.targets[target],)
+    return f'"{shorten(visible("".join(each.text for each in targets)), 60)}"'
+
+
+def probability(explanation: Explanation, target: int | None) -> str:
+    """The probability of a target without suppression, such as "67 %"; of all targets together for None."""
+    logprobs = explanation.baseline_logprobs
+    return format_probability(float(logprobs.sum() if target is None else logprobs[target]))
+
+
+def format_probability(logprob: float) -> str:
+    """Show a log-probability (nats) as a percentage of two or three digits."""
+    if math.isnan(logprob):
+        return "unknown"
+    percent = 100 * math.exp(min(logprob, 0.0))
+    if percent >= 99.95:
+        return "> 99.9 %" if logprob < 0 else "100 %"
+    return f"{percent:.1f} %" if percent >= 0.1 else f"{percent:.1e} %"

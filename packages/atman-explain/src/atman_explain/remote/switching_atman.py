@@ -1,0 +1,132 @@
+"""Switching a model to AtMan's attention and back, whatever happens in between."""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .adapters_atman import find_adapter
+from .errors_atman import UnsupportedModelError
+from .hook_atman import IMPLEMENTATION
+
+
+class _Switch:
+    """How often a model is switched right now, and what undoes it."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.undo = contextlib.ExitStack()
+
+
+_LOCK = threading.RLock()
+_SWITCHES: "weakref.WeakKeyDictionary[nn.Module, _Switch]" = weakref.WeakKeyDictionary()
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers of `torch.compile` and PEFT.
+
+    Raises:
+        UnsupportedModelError: it is no transformers model, or one with virtual prompt tokens.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model") and not isinstance(model, PreTrainedModel):
+            config = getattr(model, "active_peft_config", None)
+            if getattr(config, "is_prompt_learning", False):
+                raise UnsupportedModelError(
+                    f"model uses {type(config).__name__}, whose virtual tokens shift every position; merge or disable "
+                    "this adapter first."
+                )
+            model = model.get_base_model()
+        elif isinstance(model, PreTrainedModel):
+            return model
+        else:
+            raise UnsupportedModelError(
+                f"model must be a transformers model, or one wrapped by PEFT or torch.compile, got "
+                f"{type(model).__name__}."
+            )
+
+
+@contextlib.contextmanager
+def atman_implementation(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model's attention through AtMan's function within this context; nested and concurrent uses share it.
+
+    Raises:
+        UnsupportedModelError: the model's class does not call attention through transformers' interface, and no
+            adapter knows it.
+    """
+    with _LOCK:
+        switch = _SWITCHES.setdefault(model, _Switch())
+        if switch.depth == 0:
+            with contextlib.ExitStack() as undo:
+                _enter(model, undo)
+                switch.undo = undo.pop_all()
+        switch.depth += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            switch.depth -= 1
+            if switch.depth == 0:
+                switch.undo.close()
+
+
+def _enter(model: PreTrainedModel, undo: contextlib.ExitStack) -> None:
+    adapter = find_adapter(model)
+    if adapter is not None:
+        undo.enter_context(adapter(model))
+    elif not model._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not compute attention through transformers' AttentionInterface, so it cannot "
+            "be suppressed there; write an adapter and pass it to atman_explain.register_adapter."
+        )
+    else:
+        undo.callback(_restore, _implementations(model))
+        model.set_attn_implementation(IMPLEMENTATION)
+    undo.callback(model.register_forward_pre_hook(_refuse_weights, with_kwargs=True).remove)
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
+    """The attention implementation of every configuration in a model, outer ones first."""
+    found: dict[int, PreTrainedConfig] = {}
+    pending = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while pending:
+        config = pending.pop(0)
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+            pending += [part for part in parts if isinstance(part, PreTrainedConfig)]
+    return [(config, config._attn_implementation) for config in found.values()]
+
+
+def _restore(implementations: list[tuple[PreTrainedConfig, str | None]]) -> None:
+    for config, implementation in implementations:
+        # the public setter would change the parts of a configuration along with it
+        config._attn_implementation_internal = implementation
+
+
+def _refuse_weights(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True is not available while AtMan acts on the model, because no attention weights are "
+            'formed; ask for them outside, with model.set_attn_implementation("eager").'
+        )
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode and without gradients, and put every module back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
