@@ -1,4 +1,4 @@
-"""Passes over whole rows: exact for every model, at the cost of computing again what a suppressed column cannot change."""
+"""Passes over whole rows: exact for every causal model, also where a column changes rows before it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

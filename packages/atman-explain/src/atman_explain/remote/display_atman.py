@@ -141,3 +141,8 @@ def format_probability(logprob: float) -> str:
     if percent >= 99.95:
         return "> 99.9 %" if logprob < 0 else "100 %"
     return f"{percent:.1f} %" if percent >= 0.1 else f"{percent:.1e} %"
+
+
+def hexadecimal(color: Color) -> str:
+    """Write a color as #rrggbb."""
+    return "#{:02x}{:02x}{:02x}".format(*color)

@@ -226,7 +226,7 @@ class Explanation:
         Returns:
             A matplotlib Figure. It belongs to no window: notebooks show it, `figure.savefig(path)` writes it.
         """
-        from .plotting_atman import plot_tokens
+        from .heatmap_atman import plot_tokens
 
         return plot_tokens(self, target)
 

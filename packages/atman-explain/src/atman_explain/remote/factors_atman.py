@@ -1,4 +1,4 @@
-"""Which column gets which factor when a unit is suppressed: the unit's own columns, similar ones, neighbouring patches."""
+"""Which column gets which factor when a unit is suppressed: its own, similar ones, neighboring patches."""
 
 from collections.abc import Sequence
 
@@ -62,7 +62,7 @@ def conceptual_factors(
     return torch.where(is_similar, similar, torch.ones_like(similarities))
 
 
-def neighbouring_patches(patch: int, grid: tuple[int, int], reach: int) -> list[int]:
+def neighboring_patches(patch: int, grid: tuple[int, int], reach: int) -> list[int]:
     """Patches at most `reach` rows and columns away from a patch of a row-major grid, itself included."""
     rows, columns = grid
     row, column = divmod(patch, columns)

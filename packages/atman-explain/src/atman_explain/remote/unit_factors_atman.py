@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .configuration_atman import IMAGE_KAPPA, AtManConfig
-from .factors_atman import conceptual_factors, cosine_similarities, neighbouring_patches
+from .factors_atman import conceptual_factors, cosine_similarities, neighboring_patches
 from .prompts_atman import ImageColumns
 from .units_atman import Unit, overlap_factor
 
@@ -46,7 +46,7 @@ class UnitFactors:
             )
             row = rows.amin(0) if factor <= 1 else rows.amax(0)
         if unit.kind == "image" and self._config.neighbourhood:
-            row[self._neighbours(unit)] = factor
+            row[self._neighbors(unit)] = factor
         shares = unit.shares or (1.0,) * len(columns)
         row[columns] = torch.tensor([overlap_factor(factor, share) for share in shares], dtype=torch.float64)
         return row
@@ -58,9 +58,9 @@ class UnitFactors:
             self._starts[index] = int(changed[0]) if len(changed) else self._embeds.shape[0]
         return self._starts[index]
 
-    def _neighbours(self, unit: Unit) -> list[int]:
+    def _neighbors(self, unit: Unit) -> list[int]:
         image = self._images[unit.image or 0]
         patches = {image.columns.index(column) for column in unit.columns}
         reach = self._config.neighbourhood
-        near = {each for patch in patches for each in neighbouring_patches(patch, image.grid, reach)}
+        near = {each for patch in patches for each in neighboring_patches(patch, image.grid, reach)}
         return [image.columns[patch] for patch in sorted(near)]

@@ -1,0 +1,140 @@
+"""The token heat map: the prompt set like text, every unit on the color of its score, one panel per target."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from .display_atman import (
+    WHITE,
+    blend,
+    greatest,
+    hexadecimal,
+    probability,
+    prompt_pieces,
+    target_text,
+    text_color,
+    visible,
+)
+from .explanation_atman import Explanation
+from .flow_atman import Box, set_lines
+from .plotting_atman import GREY, INK, drawing, fonts, new_figure, strength_colors
+
+MAX_PANELS = 6
+MAX_LINES = 40
+_WIDTH, _MARGIN, _LINE, _SIZE, _MAP = 612.0, 18.0, 22.0, 12.0, 140.0  # all lengths are in points
+_HEADING, _GAP, _FOOT = 28.0, 12.0, 40.0
+
+
+def plot_tokens(explanation: Explanation, target: int | None = None) -> Any:
+    """Draw the prompt as a heat map: red units support the target, blue ones oppose it.
+
+    Args:
+        explanation: of any granularity.
+        target: index of the only target to draw; None draws one panel for each of the first six.
+
+    Returns:
+        A matplotlib Figure; every panel has the maps of the prompt's images below its text.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    shown = list(range(len(explanation.targets)))[:MAX_PANELS] if target is None else [target]
+    scores = {t: explanation.relevance(t).tolist() for t in shown}
+    scale = greatest(score for row in scores.values() for score in row)
+    panels = [_Panel(explanation, t, scores[t], scale) for t in shown]
+    height = _MARGIN + sum(panel.height for panel in panels) + _FOOT
+    figure = new_figure(_WIDTH / 72, height / 72)
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH), ylim=(height, 0))  # y runs down, as reading does
+    page.axis("off")
+    y = _MARGIN
+    for panel in panels:
+        panel.draw(page, y)
+        y += panel.height
+    _draw_scale(page, y + 8.0, scale, explanation.score_unit)
+    if target is None and len(explanation.targets) > MAX_PANELS:
+        _write(
+            page, _MARGIN, y + 12.0, f"… {len(explanation.targets) - MAX_PANELS} more targets", size=10.0, color=GREY
+        )
+    return figure
+
+
+class _Panel:
+    """One target: a heading, the coloured prompt, the maps of images. Laid out first, as the page grows with it."""
+
+    def __init__(self, explanation: Explanation, target: int, scores: list[float], scale: float) -> None:
+        self.heading = (target_text(explanation, target), f"p = {probability(explanation, target)}")
+        pieces = [
+            (visible(piece.text, newline="↵\n"), None if piece.unit is None else scores[piece.unit] / scale)
+            for piece in prompt_pieces(explanation)
+        ]
+        lines = set_lines(pieces, _WIDTH - 2 * _MARGIN, _text_width())
+        if len(lines) > MAX_LINES:
+            rest = f"… {len(lines) - MAX_LINES} more lines"
+            lines = [*lines[:MAX_LINES], [Box(rest, None, 0.0, 0.0)]]
+        self.lines = [] if lines == [[]] else lines
+        images = sorted({unit.image for unit in explanation.units if unit.box and unit.image is not None})
+        self.maps = [explanation.image_map(i, target) / scale for i in images]
+        self.height = _HEADING + len(self.lines) * _LINE + (_MAP + _GAP) * bool(self.maps) + _GAP
+
+    def draw(self, page: Any, y: float) -> None:
+        name, baseline = self.heading
+        _write(page, _MARGIN, y + 8.0, name, size=13.0, weight="bold", color=INK)
+        _write(page, _WIDTH - _MARGIN, y + 8.0, baseline, size=11.0, color=GREY, ha="right")
+        y += _HEADING
+        for line in self.lines:
+            for box in line:
+                _draw_box(page, box, y)
+            y += _LINE
+        x = _MARGIN
+        for values in self.maps:
+            width = min(_MAP * values.shape[1] / values.shape[0], _WIDTH - 2 * _MARGIN)
+            if x + width <= _WIDTH - _MARGIN:
+                _draw_map(page, values, x, y + _GAP / 2, width)
+            x += width + _GAP
+
+
+def _text_width() -> Callable[[str], float]:
+    draw = drawing()
+    font = draw.FontProperties(family=fonts(), size=_SIZE)
+    return cache(lambda text: float(draw.text_to_path.get_text_width_height_descent(text, font, False)[0]))
+
+
+def _draw_box(page: Any, box: Box, y: float) -> None:
+    x, color = _MARGIN + box.x, GREY
+    if box.strength is not None and math.isnan(box.strength):
+        page.add_patch(_rectangle(x, y, box.width, facecolor="white", edgecolor="#c8c8c8", hatch="////", linewidth=0.0))
+    elif box.strength is not None:
+        fill = blend(box.strength)
+        color = hexadecimal(text_color(fill))
+        page.add_patch(_rectangle(x, y, box.width, facecolor=hexadecimal(fill), edgecolor="none"))
+    _write(page, x, y + _LINE / 2, box.text, size=_SIZE, color=color)
+
+
+def _rectangle(x: float, y: float, width: float, **style: Any) -> Any:
+    shape = "round,pad=0,rounding_size=2.5"
+    return drawing().FancyBboxPatch((x, y + 1.5), width, _LINE - 3.0, boxstyle=shape, **style)
+
+
+def _draw_map(page: Any, values: Tensor, x: float, y: float, width: float) -> None:
+    colors = strength_colors(values.tolist())
+    page.imshow(colors, extent=(x, x + width, y + _MAP, y), interpolation="nearest", aspect="auto", zorder=2)
+    page.add_patch(drawing().Rectangle((x, y), width, _MAP, fill=False, edgecolor="#b0b0b0", linewidth=0.8, zorder=3))
+
+
+def _draw_scale(page: Any, y: float, scale: float, unit: str) -> None:
+    right, width, height = _WIDTH - _MARGIN - 78.0, 150.0, 8.0
+    colors = strength_colors([[step / 100 for step in range(-100, 101)]])
+    page.imshow(colors, extent=(right - width, right, y + height, y), aspect="auto", interpolation="nearest", zorder=2)
+    for x, text, align in (
+        (right - width - 6.0, f"opposes −{scale:.3g}", "right"),
+        (right + 6.0, f"+{scale:.3g} supports", "left"),
+    ):
+        _write(page, x, y + height / 2, text, size=10.0, color=GREY, ha=align)
+    _write(page, right - width / 2, y + height + 8.0, unit, size=10.0, color=GREY, ha="center")
+
+
+def _write(page: Any, x: float, y: float, text: str, *, size: float, **style: Any) -> None:
+    page.text(x, y, text, fontsize=size, family=fonts(), va="center_baseline", parse_math=False, usetex=False, **style)
