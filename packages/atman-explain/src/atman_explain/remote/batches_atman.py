@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .hook_atman import active
 from .observing_atman import Observation, plain_inputs, target_rows
-from .passages_atman import LOGITS_BUDGET, Passage, Readout, Suppression, forward_rows, pack
+from .passages_atman import Passage, RunSettings, Suppression, forward_rows, pack
 from .suppressing_atman import SuppressedColumns
 
 
@@ -21,11 +21,7 @@ class BatchPasses:
         passages: what to run.
         observed: their plain runs.
         chosen: attention modules that are manipulated.
-        heads: which query heads are; None: all.
-        mode: how scores are changed.
-        readout: what is read off the logits.
-        tokens: positions computed in one pass.
-        most: suppressions in one pass.
+        settings: how to run them.
     """
 
     is_causal = True
@@ -37,21 +33,13 @@ class BatchPasses:
         observed: Sequence[Observation],
         *,
         chosen: Sequence[nn.Module],
-        heads: Sequence[int] | None,
-        mode: str,
-        readout: Readout,
-        tokens: int,
-        most: int | None,
+        settings: RunSettings,
     ) -> None:
         self._model = model
         self._passages = passages
         self._observed = observed
         self._chosen = {id(module) for module in chosen}
-        self._heads = heads
-        self._mode = mode
-        self._readout = readout
-        self._tokens = tokens
-        self._most = most
+        self._settings = settings
         self.baseline = [each.readouts for each in observed]
         self.num_positions = 0
 
@@ -77,10 +65,10 @@ class BatchPasses:
         """Read-outs [n, M] under factors [n, T]."""
         self.num_positions += factors.numel()
         wide = torch.float64 if self._model.dtype == torch.float64 else torch.float32
-        with active(SuppressedColumns(self._chosen, factors.to(wide), self._mode, self._heads)):
+        with active(SuppressedColumns(self._chosen, factors.to(wide), self._settings.mode, self._settings.heads)):
             logits = forward_rows(self._model, target_rows(passage, self._model), **tiled(inputs, len(factors)))
         targets = torch.tensor(passage.target_ids, device=logits.device)
-        return self._readout(logits, targets.expand(len(factors), -1))
+        return self._settings.readout(logits, targets.expand(len(factors), -1))
 
 
 def tiled(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:

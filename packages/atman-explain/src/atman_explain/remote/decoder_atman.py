@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .hook_atman import AttentionCall, Intervention, active, only_heads
 from .kernels_atman import atman_suffix_attention
-from .passages_atman import LOGITS_BUDGET, Passage, Readout, Suppression, forward_rows, pack
+from .passages_atman import Passage, RunSettings, Suppression, forward_rows, pack
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class _PackedAttention(Intervention):
         modules: Collection[int],
         chosen: Collection[int],
         kept: dict[int, tuple[Tensor, Tensor]],
-        heads: list[int] | None,
-        mode: str,
+        settings: RunSettings,
         factors: Tensor | None,
         layout: dict[str, Tensor],
         keeps: bool,
@@ -54,8 +53,7 @@ class _PackedAttention(Intervention):
         self.modules = modules
         self._chosen = chosen
         self._kept = kept
-        self._heads = heads
-        self._mode = mode
+        self._settings = settings
         self._factors = factors
         self._layout = layout
         self._keeps = keeps
@@ -79,7 +77,7 @@ class _PackedAttention(Intervention):
                 prefix_key,
                 prefix_value,
                 factors,
-                mode=self._mode,
+                mode=self._settings.mode,
                 scale=call.scale,
                 softcap=call.softcap,
                 sinks=call.sinks,
@@ -90,8 +88,8 @@ class _PackedAttention(Intervention):
         if self._factors is None or name not in self._chosen:
             return attend(None).transpose(0, 1)[None]
         out = attend(self._factors.to(key.device))
-        if self._heads is not None:
-            out = only_heads(out, attend(None), self._heads, dim=1)
+        if self._settings.heads is not None:
+            out = only_heads(out, attend(None), self._settings.heads, dim=1)
         return out.transpose(0, 1)[None]
 
 
@@ -115,11 +113,7 @@ class DecoderPasses:
         inputs: of each passage.
         modules: every attention module of the decoder, in order.
         chosen: those that are manipulated.
-        heads: which query heads are; None: all.
-        mode: how scores are changed.
-        readout: what is read off the logits.
-        tokens: positions computed in one pass.
-        most: suppressions in one pass.
+        settings: how to run them.
     """
 
     is_causal = True
@@ -132,21 +126,13 @@ class DecoderPasses:
         modules: Sequence[nn.Module],
         *,
         chosen: Sequence[nn.Module],
-        heads: Sequence[int] | None,
-        mode: str,
-        readout: Readout,
-        tokens: int,
-        most: int | None,
+        settings: RunSettings,
     ) -> None:
         self._model = model
         self._passages = passages
         self._modules = {id(module) for module in modules}
         self._chosen = {id(module) for module in chosen}
-        self._heads = heads
-        self._mode = mode
-        self._readout = readout
-        self._tokens = tokens
-        self._most = most
+        self._settings = settings
         self._embeds = torch.cat([each.embeds for each in inputs])  # [sum T, D]
         self._position_ids = torch.cat([each.position_ids for each in inputs], dim=-1)
         ends = torch.tensor([each.length for each in passages]).cumsum(0)
@@ -173,10 +159,8 @@ class DecoderPasses:
         order = sorted(range(len(items)), key=lambda index: (items[index].passage, items[index].start))
         starts = [min(items[i].start, self._passages[items[i].passage].first_row) for i in order]
         lengths = [self._passages[items[i].passage].length - start for i, start in zip(order, starts, strict=True)]
-        longest_target = max(len(passage.target_ids) for passage in self._passages)
-        by_logits = max(1, LOGITS_BUDGET // (longest_target * self._model.config.get_text_config().vocab_size))
-        most = by_logits if self._most is None else min(by_logits, self._most)
-        for group in pack(order, lengths, tokens=self._tokens, most=most):
+        most = self._settings.most_items(self._passages, self._model.config.get_text_config().vocab_size)
+        for group in pack(lengths, tokens=self._settings.tokens, most=most):
             segments = [
                 _Segment(items[order[n]].passage, starts[n], items[order[n]].factors()[starts[n] :]) for n in group
             ]
@@ -199,8 +183,7 @@ class DecoderPasses:
             self._modules,
             self._chosen,
             self._kept,
-            None if self._heads is None else list(self._heads),
-            self._mode,
+            self._settings,
             _packed_factors(segments, self._passages, self._embeds.dtype),
             {
                 "cu_seqlens": ends,
@@ -218,5 +201,5 @@ class DecoderPasses:
                 use_cache=False,
             )
         targets = [self._targets[each.passage] for each in segments]
-        read = self._readout(logits[0], torch.cat(targets))
+        read = self._settings.readout(logits[0], torch.cat(targets))
         return list(read.split([len(each) for each in targets]))

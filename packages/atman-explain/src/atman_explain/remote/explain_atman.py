@@ -150,7 +150,7 @@ class AtMan:
         try:
             with bar:
                 lengths = [each.passage.length for each in work]
-                for group in pack(work, lengths, tokens=tokens, most=None):
+                for group in pack(lengths, tokens=tokens):
                     self._run_group([work[index] for index in group], config, tokens, bar)
         except KeyboardInterrupt:
             partial = [each.explanation(config) for each in work if each.baseline is not None]

@@ -7,7 +7,7 @@ modules it names, so that threads do not see each other's, and no model needs to
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -84,10 +84,10 @@ class Intervention(ABC):
         return self.modules is None or id(module) in self.modules
 
 
-def only_heads(changed: Tensor, plain: Tensor, heads: list[int], dim: int) -> Tensor:
+def only_heads(changed: Tensor, plain: Tensor, heads: Sequence[int], dim: int) -> Tensor:
     """Take some heads of a changed attention output and the others of the plain one."""
     out = plain.clone()
-    index = torch.tensor(heads, device=out.device)
+    index = torch.tensor(list(heads), device=out.device)
     return out.index_copy_(dim, index, changed.index_select(dim, index))
 
 

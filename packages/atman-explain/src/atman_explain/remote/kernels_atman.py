@@ -16,10 +16,10 @@ try:
 except ImportError:
     _shared = None
 
-if _shared is not None and getattr(_shared, "API", None) != KERNELS_API:
+if _shared is not None and not (getattr(_shared, "API", None) == KERNELS_API and hasattr(_shared, "atman_attention")):
     logger.warning_once(
-        f"shared_kernels has API {getattr(_shared, 'API', None)}, this package calls API {KERNELS_API}: "
-        "PyTorch implementations are used. Install shared-kernels>=0.1,<0.2."
+        f"shared_kernels {_shared.__version__} lacks the attention operators of API {KERNELS_API}: PyTorch "
+        "implementations are used. Install shared-kernels>=0.1,<0.2."
     )
     _shared = None
 

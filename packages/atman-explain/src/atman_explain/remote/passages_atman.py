@@ -75,6 +75,27 @@ class Readout:
         return chosen if self.delta == "logit" else chosen - wide.logsumexp(-1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How passes are run: the same for every model."""
+
+    mode: str
+    """How scores are changed."""
+    heads: tuple[int, ...] | None
+    """Query heads that are changed; None: all."""
+    readout: Readout
+    tokens: int
+    """Positions computed in one pass."""
+    most: int | None
+    """Suppressions in one pass."""
+
+    def most_items(self, passages: Sequence[Passage], vocab_size: int) -> int:
+        """Suppressions in one pass, so that its logits stay within bounds."""
+        longest = max(len(passage.target_ids) for passage in passages)
+        by_logits = max(1, LOGITS_BUDGET // (longest * vocab_size))
+        return by_logits if self.most is None else min(by_logits, self.most)
+
+
 def forward_rows(model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
     """Run a model and return the logits of some rows only, whatever its head does to them.
 
@@ -109,22 +130,24 @@ def _float32_product(head: nn.Module, args: tuple[Tensor, ...], _output: Tensor)
     return torch.cat(parts, dim=-1)
 
 
-def pack(items: Sequence[Suppression], lengths: Sequence[int], *, tokens: int, most: int | None) -> Iterator[list[int]]:
+def pack(lengths: Sequence[int], *, tokens: int, most: int | None = None) -> Iterator[list[int]]:
     """Group consecutive items so that no group is longer than a budget, unless a single item is.
 
     Args:
-        items: in any order; items that follow each other should be about equally long.
         lengths: positions that each item computes.
         tokens: budget of positions.
         most: budget of items.
+
+    Yields:
+        Indices of the items of a group.
     """
     group: list[int] = []
     used = 0
-    for index in range(len(items)):
-        if group and (used + lengths[index] > tokens or (most is not None and len(group) >= most)):
+    for index, length in enumerate(lengths):
+        if group and (used + length > tokens or (most is not None and len(group) >= most)):
             yield group
             group, used = [], 0
         group.append(index)
-        used += lengths[index]
+        used += length
     if group:
         yield group

@@ -14,7 +14,7 @@ from .configuration_atman import AtManConfig
 from .decoder_atman import DecoderInput, DecoderPasses
 from .images_atman import locate_images
 from .observing_atman import Observation, observe_decoder
-from .passages_atman import Passage, Readout, Suppression
+from .passages_atman import Passage, Readout, RunSettings, Suppression
 from .prompts_atman import EncodedPrompt
 
 _TOKENS = {"cpu": 1024}  # positions in one pass: beyond this, activations leave a CPU's cache
@@ -26,11 +26,15 @@ _TOLERANCE_OF_HALF = 0.25
 class Passes(Protocol):
     """Passages of one model, ready to be run with suppressed columns."""
 
-    baseline: Sequence[Tensor]
-    """Read-outs [M] of every passage, nothing suppressed."""
+    @property
+    def baseline(self) -> Sequence[Tensor]:
+        """Read-outs [M] of every passage, nothing suppressed."""
+        ...
 
-    is_causal: bool
-    """Whether rows before a suppressed column cannot change."""
+    @property
+    def is_causal(self) -> bool:
+        """Whether rows before a suppressed column cannot change."""
+        ...
 
     def embeds(self, passage: int) -> Tensor:
         """Input embeddings [T, D] of a passage's columns."""
@@ -94,12 +98,15 @@ class Router:
         The first packed run of a model, and every one with images, is held against its plain run. Where they differ,
         for example because a model lets image tokens see later ones, whole rows are run in batches: slower, and exact.
         """
-        settings = {"heads": config.heads, "mode": config.mode, "readout": readout, "tokens": tokens}
-        settings["most"] = config.batch_size
+        settings = RunSettings(
+            mode=config.mode, heads=config.heads, readout=readout, tokens=tokens, most=config.batch_size
+        )
         if config.mode != "shift_min_all" and self._can_pack:
             observed = {n: self._observe(each, readout) for n, each in enumerate(passages) if self._is_new(each)}
             inputs = [observed[n].input if n in observed else self._text_input(p) for n, p in enumerate(passages)]
-            packed = DecoderPasses(self.model, passages, inputs, self._modules, chosen=self._chosen(config), **settings)
+            packed = DecoderPasses(
+                self.model, passages, inputs, self._modules, chosen=self._chosen(config), settings=settings
+            )
             if all(agree(packed.baseline[n], each.readouts) for n, each in observed.items()) and (
                 0 not in observed or agree(packed.probe(), observed[0].readouts)
             ):
@@ -111,7 +118,7 @@ class Router:
                 stacklevel=5,
             )
         whole = [self._observe(each, readout) for each in passages]
-        return BatchPasses(self.model, passages, whole, chosen=self._chosen(config), **settings)
+        return BatchPasses(self.model, passages, whole, chosen=self._chosen(config), settings=settings)
 
     def _is_new(self, passage: Passage) -> bool:
         return not self._modules or bool(passage.model_inputs)

@@ -25,7 +25,7 @@ class SuppressedColumns(Intervention):
         self.modules = modules
         self.factors = factors
         self.mode = mode
-        self.heads = None if heads is None else list(heads)
+        self.heads = heads
         self.num_calls = 0
 
     def attend(self, call: AttentionCall) -> Tensor:
