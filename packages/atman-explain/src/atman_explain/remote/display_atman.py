@@ -17,62 +17,78 @@ _JOINERS = "\u200c\u200d"  # of scripts and emoji, harmless
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the prompt; `unit` is the index of the unit it is, or None for text that was not scored."""
+    """A stretch of the prompt, harmless to show."""
 
     text: str
+    """Line breaks are marked and kept."""
     unit: int | None
+    """Index of the unit it is. None: text that was not scored."""
 
 
 def prompt_pieces(explanation: Explanation) -> list[Piece]:
-    """Cut the prompt, and the target tokens that are units, into pieces in reading order; images are left out."""
+    """Cut the prompt, and the target tokens that are units, into pieces in reading order; images are left out.
+
+    Space around the text of a unit is a piece of its own, so that colours end with the words.
+    """
     units = explanation.units
     order = sorted((u for u in range(len(units)) if units[u].kind != "image"), key=lambda u: units[u].columns[:1])
     is_placed = all(units[u].span is not None for u in order if units[u].kind == "text")
     if explanation.prompt is not None and is_placed:
-        return list(_pieces_of_text(explanation, explanation.prompt, order))
-    return list(_pieces_of_tokens(explanation, order))
+        pieces = _pieces_of_text(explanation, explanation.prompt, order)
+    else:
+        pieces = _pieces_of_tokens(explanation, order)
+    parts = [part for text, unit in pieces for part in _without_margins(text, unit)]
+    return [Piece(visible(text, newline="↵\n", dots=unit is not None), unit) for text, unit in parts]
 
 
-def _pieces_of_text(explanation: Explanation, prompt: str, order: list[int]) -> Iterator[Piece]:
+def _without_margins(text: str, unit: int | None) -> list[tuple[str, int | None]]:
+    inner = text.strip()
+    if unit is None or not inner:
+        return [(text, unit)]
+    before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    return [part for part in ((before, None), (inner, unit), (after, None)) if part[0]]
+
+
+def _pieces_of_text(explanation: Explanation, prompt: str, order: list[int]) -> Iterator[tuple[str, int | None]]:
     end = 0
     for u in order:
         unit = explanation.units[u]
         start, stop = unit.span or (len(prompt), len(prompt))
         if start > end:
-            yield Piece(prompt[end:start], None)
-        yield Piece(unit.text, u)
+            yield prompt[end:start], None
+        yield unit.text, u
         end = max(end, stop)
     if end < len(prompt):
-        yield Piece(prompt[end:], None)
+        yield prompt[end:], None
 
 
-def _pieces_of_tokens(explanation: Explanation, order: list[int]) -> Iterator[Piece]:
+def _pieces_of_tokens(explanation: Explanation, order: list[int]) -> Iterator[tuple[str, int | None]]:
     owner = {column: u for u in reversed(order) for column in explanation.units[u].columns}
     columns = [(owner.get(column), text) for column, text in enumerate(explanation.tokens)]
     shown = set()
     for (u, _), group in groupby(columns, key=lambda pair: (pair[0], pair[1] if pair[0] is None else "")):
         texts = [text for _, text in group]
         if u is None:  # a run of the same token is the place of an image, or padding
-            yield Piece(texts[0] if len(texts) == 1 else f"{texts[0]}×{len(texts)}", None)
+            yield (texts[0] if len(texts) == 1 else f"{texts[0]}×{len(texts)}"), None
         else:
             shown.add(u)
-            yield Piece("".join(texts), u)
-    yield from (Piece(explanation.units[u].text, u) for u in order if u not in shown)
+            yield "".join(texts), u
+    yield from ((explanation.units[u].text, u) for u in order if u not in shown)
 
 
-def visible(text: str, newline: str = "↵") -> str:
-    """Replace characters that would move the cursor, hide or turn text around; `newline` stands for a line break."""
-    blank = not text.strip(" ")
-    return "".join(_visible(character, newline, blank) for character in text)
+def visible(text: str, newline: str = "↵", dots: bool = True) -> str:
+    """Replace characters that would move the cursor, hide, or turn text around.
+
+    Args:
+        text: anything, such as a token.
+        newline: stands for a line break.
+        dots: show the spaces of a text that has nothing else.
+    """
+    marks = {"\n": newline, "\t": "→", " ": "·" if dots and not text.strip(" ") else " "}
+    return "".join(marks.get(character) or _harmless(character) for character in text)
 
 
-def _visible(character: str, newline: str, blank: bool) -> str:
-    if character == "\n":
-        return newline
-    if character == "\t":
-        return "→"
-    if character == " ":
-        return "·" if blank else " "
+def _harmless(character: str) -> str:
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS:
         return f"\\u{ord(character):04x}"
     return character
@@ -128,7 +144,7 @@ def target_text(explanation: Explanation, target: int | None) -> str:
 
 
 def probability(explanation: Explanation, target: int | None) -> str:
-    """The probability of a target without suppression, such as "67 %"; of all targets together for None."""
+    """The probability of a target without suppression, such as "p = 67.0 %"; of all targets together for None."""
     logprobs = explanation.baseline_logprobs
     return format_probability(float(logprobs.sum() if target is None else logprobs[target]))
 
@@ -136,11 +152,11 @@ def probability(explanation: Explanation, target: int | None) -> str:
 def format_probability(logprob: float) -> str:
     """Show a log-probability (nats) as a percentage of two or three digits."""
     if math.isnan(logprob):
-        return "unknown"
+        return "p unknown"
     percent = 100 * math.exp(min(logprob, 0.0))
     if percent >= 99.95:
-        return "> 99.9 %" if logprob < 0 else "100 %"
-    return f"{percent:.1f} %" if percent >= 0.1 else f"{percent:.1e} %"
+        return "p > 99.9 %" if logprob < 0 else "p = 100 %"
+    return f"p = {percent:.1f} %" if percent >= 0.1 else f"p = {percent:.1e} %"
 
 
 def hexadecimal(color: Color) -> str:

@@ -1,64 +1,89 @@
 """Coloured text set in lines: which word stands where. Pure layout; whoever draws it says how wide a text is."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-_WORDS = re.compile(r"\n|[^\S\n]*\S+|[^\S\n]+")
+_PARTS = re.compile(r"\n|[^\S\n]+|\S+")
 
 
 @dataclass
 class Box:
-    """A stretch of one line in one color. Lengths are in points."""
+    """A stretch of one line in one color. Lengths are those of `width_of`."""
 
     text: str
-    strength: float | None
-    """In [-1, 1]; NaN: not computed; None: not scored."""
+    piece: int
+    """Index of the piece that the text is from."""
     x: float
     width: float
 
 
-def set_lines(
-    pieces: Iterable[tuple[str, float | None]], line_width: float, width_of: Callable[[str], float]
-) -> list[list[Box]]:
-    """Break pieces of text into lines, between words where there are any.
+def set_lines(pieces: Iterable[str], line_width: float, width_of: Callable[[str], float]) -> list[list[Box]]:
+    """Break pieces of text into lines: at line breaks, else between words, else, for a long word, anywhere.
 
     Args:
-        pieces: texts with their strengths; line breaks in them begin a line.
+        pieces: texts that follow each other; a word may consist of several.
         line_width: no box ends beyond it, unless a single character does.
         width_of: the width of a text.
 
     Returns:
-        Lines of boxes; neighbouring words of a piece share a box.
+        Lines of boxes. Spaces at which a line was broken are dropped.
     """
-    lines: list[list[Box]] = [[]]
-    x = 0.0
-    for text, strength in pieces:
-        box: Box | None = None
-        for word in _words(text, line_width, width_of):
-            width = width_of(word)
-            if word == "\n" or (x + width > line_width and lines[-1]):
-                lines.append([])
-                x, box = 0.0, None
-                if word == "\n":
-                    continue
-            if box is None:
-                box = Box("", strength, x, 0.0)
-                lines[-1].append(box)
-            box.text += word
-            box.width += width
-            x += width
-    return lines
+    setter = _Setter(line_width, width_of)
+    for index, text in enumerate(pieces):
+        for part in _PARTS.findall(text):
+            setter.add(index, part)
+    setter.end_word()
+    return setter.lines
 
 
-def _words(text: str, line_width: float, width_of: Callable[[str], float]) -> Iterator[str]:
-    for word in _WORDS.findall(text):
-        if word == "\n" or width_of(word) <= line_width:
-            yield word
-            continue
-        start = 0
-        for end in range(1, len(word) + 1):
-            if end - start > 1 and width_of(word[start:end]) > line_width:
-                yield word[start : end - 1]
-                start = end - 1
-        yield word[start:]
+class _Setter:
+    def __init__(self, line_width: float, width_of: Callable[[str], float]) -> None:
+        self.lines: list[list[Box]] = [[]]
+        self._line_width, self._width_of = line_width, width_of
+        self._x = 0.0
+        self._space: list[tuple[int, str]] = []  # between the last word and `_word`
+        self._word: list[tuple[int, str]] = []
+
+    def add(self, piece: int, part: str) -> None:
+        if part == "\n":
+            self.end_word()
+            self._break_line()
+        elif part.isspace():
+            self.end_word()
+            self._space.append((piece, part))
+        else:
+            self._word.append((piece, part))
+
+    def end_word(self) -> None:
+        if not self._word:
+            return
+        width = sum(self._width_of(part) for _, part in self._space + self._word)
+        if self._x + width > self._line_width and self.lines[-1]:
+            self._break_line()
+        for piece, part in self._space + self._word:
+            self._put(piece, part)
+        self._space, self._word = [], []
+
+    def _put(self, piece: int, part: str) -> None:
+        width = self._width_of(part)
+        if self._x + width > self._line_width and len(part) > 1:
+            for character in part:
+                if self._x + self._width_of(character) > self._line_width and self.lines[-1]:
+                    self._break_line()
+                self._place(piece, character, self._width_of(character))
+        else:
+            self._place(piece, part, width)
+
+    def _place(self, piece: int, part: str, width: float) -> None:
+        line = self.lines[-1]
+        if line and line[-1].piece == piece:
+            line[-1].text += part
+            line[-1].width += width
+        else:
+            line.append(Box(part, piece, self._x, width))
+        self._x += width
+
+    def _break_line(self) -> None:
+        self.lines.append([])
+        self._x, self._space = 0.0, []

@@ -1,25 +1,14 @@
 """The token heat map: the prompt set like text, every unit on the color of its score, one panel per target."""
 
 import math
-from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
-from .display_atman import (
-    WHITE,
-    blend,
-    greatest,
-    hexadecimal,
-    probability,
-    prompt_pieces,
-    target_text,
-    text_color,
-    visible,
-)
+from .display_atman import blend, greatest, hexadecimal, probability, prompt_pieces, target_text, text_color
 from .explanation_atman import Explanation
-from .flow_atman import Box, set_lines
+from .flow_atman import set_lines
 from .plotting_atman import GREY, INK, drawing, fonts, new_figure, strength_colors
 
 MAX_PANELS = 6
@@ -55,9 +44,7 @@ def plot_tokens(explanation: Explanation, target: int | None = None) -> Any:
         y += panel.height
     _draw_scale(page, y + 8.0, scale, explanation.score_unit)
     if target is None and len(explanation.targets) > MAX_PANELS:
-        _write(
-            page, _MARGIN, y + 12.0, f"… {len(explanation.targets) - MAX_PANELS} more targets", size=10.0, color=GREY
-        )
+        _write(page, _MARGIN, y + 12.0, f"… {len(explanation.targets) - MAX_PANELS} more targets", size=10.0)
     return figure
 
 
@@ -65,28 +52,28 @@ class _Panel:
     """One target: a heading, the coloured prompt, the maps of images. Laid out first, as the page grows with it."""
 
     def __init__(self, explanation: Explanation, target: int, scores: list[float], scale: float) -> None:
-        self.heading = (target_text(explanation, target), f"p = {probability(explanation, target)}")
-        pieces = [
-            (visible(piece.text, newline="↵\n"), None if piece.unit is None else scores[piece.unit] / scale)
-            for piece in prompt_pieces(explanation)
-        ]
-        lines = set_lines(pieces, _WIDTH - 2 * _MARGIN, _text_width())
-        if len(lines) > MAX_LINES:
-            rest = f"… {len(lines) - MAX_LINES} more lines"
-            lines = [*lines[:MAX_LINES], [Box(rest, None, 0.0, 0.0)]]
-        self.lines = [] if lines == [[]] else lines
+        self.heading = (target_text(explanation, target), probability(explanation, target))
+        pieces = prompt_pieces(explanation)
+        self.strengths = [None if piece.unit is None else scores[piece.unit] / scale for piece in pieces]
+        lines = set_lines((piece.text for piece in pieces), _WIDTH - 2 * _MARGIN, _text_width)
+        self.omitted = max(0, len(lines) - MAX_LINES)
+        self.lines = lines[:MAX_LINES] if pieces else []
         images = sorted({unit.image for unit in explanation.units if unit.box and unit.image is not None})
         self.maps = [explanation.image_map(i, target) / scale for i in images]
-        self.height = _HEADING + len(self.lines) * _LINE + (_MAP + _GAP) * bool(self.maps) + _GAP
+        rows = len(self.lines) + bool(self.omitted)
+        self.height = _HEADING + rows * _LINE + (_MAP + _GAP) * bool(self.maps) + _GAP
 
     def draw(self, page: Any, y: float) -> None:
         name, baseline = self.heading
         _write(page, _MARGIN, y + 8.0, name, size=13.0, weight="bold", color=INK)
-        _write(page, _WIDTH - _MARGIN, y + 8.0, baseline, size=11.0, color=GREY, ha="right")
+        _write(page, _WIDTH - _MARGIN, y + 8.0, baseline, size=11.0, ha="right")
         y += _HEADING
         for line in self.lines:
             for box in line:
-                _draw_box(page, box, y)
+                _draw_box(page, _MARGIN + box.x, y, box.width, box.text, self.strengths[box.piece])
+            y += _LINE
+        if self.omitted:
+            _write(page, _MARGIN, y + _LINE / 2, f"… {self.omitted} more lines", size=11.0)
             y += _LINE
         x = _MARGIN
         for values in self.maps:
@@ -96,26 +83,41 @@ class _Panel:
             x += width + _GAP
 
 
-def _text_width() -> Callable[[str], float]:
+@lru_cache(maxsize=1 << 14)
+def _text_width(text: str) -> float:
     draw = drawing()
     font = draw.FontProperties(family=fonts(), size=_SIZE)
-    return cache(lambda text: float(draw.text_to_path.get_text_width_height_descent(text, font, False)[0]))
+    return float(draw.text_to_path.get_text_width_height_descent(text, font, False)[0])
 
 
-def _draw_box(page: Any, box: Box, y: float) -> None:
-    x, color = _MARGIN + box.x, GREY
-    if box.strength is not None and math.isnan(box.strength):
-        page.add_patch(_rectangle(x, y, box.width, facecolor="white", edgecolor="#c8c8c8", hatch="////", linewidth=0.0))
-    elif box.strength is not None:
-        fill = blend(box.strength)
-        color = hexadecimal(text_color(fill))
-        page.add_patch(_rectangle(x, y, box.width, facecolor=hexadecimal(fill), edgecolor="none"))
-    _write(page, x, y + _LINE / 2, box.text, size=_SIZE, color=color)
+def _draw_box(page: Any, x: float, y: float, width: float, text: str, strength: float | None) -> None:
+    color = GREY
+    if strength is not None:
+        is_known = not math.isnan(strength)
+        fill = hexadecimal(blend(strength)) if is_known else "white"
+        color = hexadecimal(text_color(blend(strength))) if is_known else GREY
+        frame = drawing().FancyBboxPatch(
+            (x - 1.0, y + 1.5),
+            width + 2.0,
+            _LINE - 3.0,
+            boxstyle="round,pad=0,rounding_size=2.5",
+            facecolor=fill,
+            edgecolor="#c8c8c8",
+            hatch=None if is_known else "////",
+            linewidth=0.0,
+        )
+        page.add_patch(frame)
+    page.add_patch(_outlines(text, x, y + 0.7 * _LINE, facecolor=color))
 
 
-def _rectangle(x: float, y: float, width: float, **style: Any) -> Any:
-    shape = "round,pad=0,rounding_size=2.5"
-    return drawing().FancyBboxPatch((x, y + 1.5), width, _LINE - 3.0, boxstyle=shape, **style)
+def _outlines(text: str, x: float, y: float, **style: Any) -> Any:
+    """Text as a shape: drawn as text, its width would depend on the resolution and leave gaps between tokens."""
+    draw = drawing()
+    font = draw.FontProperties(family=fonts())
+    vertices, codes = draw.text_to_path.get_text_path(font, text, ismath=False)
+    scale = _SIZE / draw.text_to_path.FONT_SCALE
+    points = [(x + scale * across, y - scale * up) for across, up in vertices]
+    return draw.PathPatch(draw.Path(points, codes), linewidth=0.0, zorder=2, **style)
 
 
 def _draw_map(page: Any, values: Tensor, x: float, y: float, width: float) -> None:
@@ -132,9 +134,10 @@ def _draw_scale(page: Any, y: float, scale: float, unit: str) -> None:
         (right - width - 6.0, f"opposes −{scale:.3g}", "right"),
         (right + 6.0, f"+{scale:.3g} supports", "left"),
     ):
-        _write(page, x, y + height / 2, text, size=10.0, color=GREY, ha=align)
-    _write(page, right - width / 2, y + height + 8.0, unit, size=10.0, color=GREY, ha="center")
+        _write(page, x, y + height / 2, text, size=10.0, ha=align)
+    _write(page, right - width / 2, y + height + 8.0, unit, size=10.0, ha="center")
 
 
-def _write(page: Any, x: float, y: float, text: str, *, size: float, **style: Any) -> None:
-    page.text(x, y, text, fontsize=size, family=fonts(), va="center_baseline", parse_math=False, usetex=False, **style)
+def _write(page: Any, x: float, y: float, text: str, *, size: float, color: str = GREY, **style: Any) -> None:
+    style |= {"family": fonts(), "va": "center_baseline", "parse_math": False, "usetex": False}
+    page.text(x, y, text, fontsize=size, color=color, **style)

@@ -1,4 +1,4 @@
-"""An explanation as HTML for notebooks: one fragment without scripts or outside links, readable on light and dark pages.
+"""An explanation as HTML for notebooks: one fragment without scripts or outside links, for light and dark pages.
 
 Colours are translucent and text keeps the page's own color, so that the fragment needs to know nothing about the page.
 """
@@ -56,7 +56,7 @@ def _row(explanation: Explanation, target: int | None, scores: list[float], scal
     name = "all targets" if target is None and len(explanation.targets) > 1 else "target"
     heading = (
         f'<span style="{_FAINT};font-size:12px">{name} </span><b>{escape(target_text(explanation, target))}</b>'
-        f'<span style="{_FAINT};font-size:12px"> p = {probability(explanation, target)}</span>'
+        f'<span style="{_FAINT};font-size:12px"> {probability(explanation, target)}</span>'
     )
     maps = "".join(_map(explanation, i, target, scale) for i in range(len(explanation.grids)))
     return (
@@ -75,7 +75,7 @@ def _text(explanation: Explanation, scores: list[float], scale: float) -> str:
 
 
 def _piece(explanation: Explanation, text: str, unit: int | None, scores: list[float], scale: float) -> str:
-    text = escape(visible(text, newline="↵\n"))
+    text = escape(text)
     if unit is None:
         return f'<span style="{_FAINT};unicode-bidi:isolate">{text}</span>'
     is_coarse = explanation.is_coarse is not None and explanation.is_coarse[unit]

@@ -27,7 +27,8 @@ def overlay_map(values: Tensor, image: Any, *, alpha: float = 0.6) -> Any:
     picture = to_picture(image)
     strength = upsample(values, picture.height, picture.width)[..., None]
     pixels = np.asarray(picture, dtype=np.float32) / 255.0
-    mixed = pixels + (ramp_colors(strength[..., 0]) - pixels) * (alpha * strength)  # [H, W, 3]
+    opacity = alpha * strength * strength * (3.0 - 2.0 * strength)  # rises late, so that noise leaves no stains
+    mixed = pixels + (ramp_colors(strength[..., 0]) - pixels) * opacity  # [H, W, 3]
     return to_picture((mixed * 255.0).round().astype(np.uint8))
 
 

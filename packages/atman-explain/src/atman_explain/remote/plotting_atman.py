@@ -21,7 +21,7 @@ _UNKNOWN = (0.85, 0.85, 0.85)
 
 
 def plot_top(explanation: Explanation, k: int = 10, target: int | None = None) -> Any:
-    """Draw the units of greatest effect as bars, supporting ones in red to the right, opposing ones in blue to the left.
+    """Draw the units of greatest effect as bars: red ones support the target, blue ones oppose it.
 
     Args:
         explanation: of any granularity.
@@ -42,7 +42,7 @@ def plot_top(explanation: Explanation, k: int = 10, target: int | None = None) -
     names = [shorten(visible(explanation.units[u].text).strip() or "·", 36) for u in ranked]
     values = [scores[u] for u in ranked]
     figure = new_figure(7.0, 1.1 + 0.3 * max(len(ranked), 1))
-    axes = _axes(figure, f"{target_text(explanation, target)}   p = {probability(explanation, target)}")
+    axes = _axes(figure, f"{target_text(explanation, target)}   {probability(explanation, target)}")
     bars = axes.barh(range(len(values)), values, 0.72, color=[hexadecimal(blend(math.copysign(1, v))) for v in values])
     axes.bar_label(bars, [f"{value:+.2f}" for value in values], padding=3, fontsize=9, color=GREY)
     axes.set_yticks(range(len(names)), names, fontsize=10, parse_math=False, family=fonts())
@@ -108,8 +108,9 @@ def plot_overlay(
     values = explanation.image_map(i, target)
     picture = to_picture(image)
     height = min(4.0 * picture.height / picture.width, 6.0)
-    figure = new_figure(9.0, height + 0.7)
-    title = f"{target_text(explanation, target)}   p = {probability(explanation, target)}"
+    figure = new_figure(2 * height * picture.width / picture.height + 1.2, height + 0.4)
+    figure.set_layout_engine("constrained")
+    title = f"{target_text(explanation, target)}   {probability(explanation, target)}"
     shown = ((picture, "picture"), (overlay_map(values, picture, alpha=alpha), title))
     for axes, (pixels, name) in zip(figure.subplots(1, 2), shown, strict=True):
         axes.imshow(pixels)
@@ -120,7 +121,7 @@ def plot_overlay(
     scale = draw.ScalarMappable(
         draw.Normalize(0.0, most or 1.0), draw.ListedColormap(ramp_colors(np.linspace(0, 1, 256)))
     )
-    bar = figure.colorbar(scale, ax=figure.axes, shrink=0.85, pad=0.02)
+    bar = figure.colorbar(scale, ax=figure.axes, shrink=0.8, aspect=30)
     bar.set_label(f"supports ({explanation.score_unit})", fontsize=9, color=GREY)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=GREY)
@@ -168,7 +169,8 @@ def drawing() -> SimpleNamespace:
         from matplotlib.colors import ListedColormap, Normalize
         from matplotlib.figure import Figure
         from matplotlib.font_manager import FontProperties, fontManager
-        from matplotlib.patches import FancyBboxPatch, Rectangle
+        from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
+        from matplotlib.path import Path
         from matplotlib.textpath import text_to_path
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install atman-explain[plot].") from error
@@ -178,6 +180,8 @@ def drawing() -> SimpleNamespace:
         FontProperties=FontProperties,
         ListedColormap=ListedColormap,
         Normalize=Normalize,
+        Path=Path,
+        PathPatch=PathPatch,
         Rectangle=Rectangle,
         ScalarMappable=ScalarMappable,
         font_names=fontManager.get_font_names,

@@ -4,15 +4,12 @@ import math
 import os
 
 from .display_atman import (
-    Color,
-    blend,
     display_width,
     greatest,
     probability,
     prompt_pieces,
     shorten,
     target_text,
-    text_color,
     visible,
 )
 from .explanation_atman import Explanation
@@ -22,7 +19,8 @@ MAX_TARGETS = 20
 BAR = 24
 NAME = 32
 _RESET = "\x1b[0m"
-_LEVELS = (0, 95, 135, 175, 215, 255)  # of each channel in the 6 x 6 x 6 cube of the palette
+_SUPPORTS = ((16, 224), (16, 217), (16, 210), (16, 203), (231, 160))  # ink and background from the palette
+_OPPOSES = ((16, 189), (16, 153), (16, 111), (16, 69), (231, 26))
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -30,9 +28,7 @@ def render_text(explanation: Explanation) -> str:
     """Render a table of the strongest units, without control sequences; and what supports each of several targets."""
     count = len(explanation.targets)
     of = "all targets" if count > 1 else "target"
-    lines = [
-        f"{len(explanation.units)} units, {of} {target_text(explanation, None)}, p = {probability(explanation, None)}"
-    ]
+    lines = [f"{len(explanation.units)} units, {of} {target_text(explanation, None)}, {probability(explanation, None)}"]
     lines += _strongest(explanation)
     if count > 1:
         lines += ["", "each target, and what supports it most"]
@@ -46,11 +42,11 @@ def _strongest(explanation: Explanation) -> list[str]:
     known = [u for u, score in enumerate(scores) if not math.isnan(score)]
     ranked = sorted(known, key=lambda u: -abs(scores[u]))[:MAX_UNITS]
     scale = greatest(scores)
-    lines = [f"{explanation.score_unit:>10}  {'unit':<{NAME}}"]
+    lines = [f"{explanation.score_unit:>10} {'token':>6}  unit"]
     lines += [_unit_line(explanation, u, scores[u], scale) for u in ranked]
     hidden = len(known) - len(ranked)
-    lines += [f"{'':>10}  … {hidden} more"] * (hidden > 0)
-    lines += [f"{'':>10}  {len(scores) - len(known)} not computed"] * (len(known) < len(scores))
+    lines += [f"{'':>19}… {hidden} more"] * (hidden > 0)
+    lines += [f"{'':>19}{len(scores) - len(known)} not computed"] * (len(known) < len(scores))
     return [line.rstrip() for line in lines]
 
 
@@ -58,7 +54,8 @@ def _unit_line(explanation: Explanation, unit: int, score: float, scale: float) 
     name = shorten(visible(explanation.units[unit].text), NAME - 2)
     name = f'"{name}"' + " " * (NAME - 2 - display_width(name))
     mark = "~" if explanation.is_coarse is not None and explanation.is_coarse[unit] else " "
-    return f"{score:>+10.4f} {mark}{name}{_bar(abs(score) / scale)}" + (" opposes" if score < 0 else "")
+    place = f"{columns[0]:>6}" if (columns := explanation.units[unit].columns) else " " * 6
+    return f"{score:>+10.4f} {place} {mark}{name}{_bar(abs(score) / scale)}" + (" opposes" if score < 0 else "")
 
 
 def _bar(share: float) -> str:
@@ -72,7 +69,7 @@ def _target_line(explanation: Explanation, target: int) -> str:
         f'"{shorten(visible(unit.text), 16)}" {score:+.2f}' for unit, score in explanation.top(3, target) if score > 0
     )
     space = " " * max(0, 20 - display_width(name))
-    return f"  {name}{space} {probability(explanation, target):>8}  {best or 'nothing'}"
+    return f"  {name}{space} {probability(explanation, target):>12}  {best or 'nothing'}"
 
 
 def render_ansi(explanation: Explanation, target: int | None) -> str:
@@ -81,10 +78,10 @@ def render_ansi(explanation: Explanation, target: int | None) -> str:
         return render_text(explanation)
     scores = explanation.relevance(target).tolist()
     scale = greatest(scores)
-    heading = f"target {target_text(explanation, target)}, p = {probability(explanation, target)}; "
+    heading = f"target {target_text(explanation, target)}, {probability(explanation, target)}; "
     ends = [_colored(f" {sign}{scale:.3g} ", strength) for sign, strength in (("-", -1.0), ("+", 1.0))]
     text = "".join(
-        visible(piece.text, newline="↵\n") if piece.unit is None else _piece(piece.text, scores[piece.unit] / scale)
+        piece.text if piece.unit is None else _piece(piece.text, scores[piece.unit] / scale)
         for piece in prompt_pieces(explanation)
     )
     return f"{heading}{ends[0]} opposes, {ends[1]} supports ({explanation.score_unit})\n{text}{_RESET}"
@@ -92,25 +89,14 @@ def render_ansi(explanation: Explanation, target: int | None) -> str:
 
 def _piece(text: str, strength: float) -> str:
     """Color a piece of text; line breaks stay outside, as a terminal would fill the rest of the line."""
-    lines = visible(text, newline="↵\n").split("\n")
-    return "\n".join(_colored(line, strength) if line else "" for line in lines)
+    return "\n".join(_colored(line, strength) if line else "" for line in text.split("\n"))
 
 
 def _colored(text: str, strength: float) -> str:
     if math.isnan(strength):
         return f"\x1b[2m{text}{_RESET}"
-    background = _palette_color(blend(strength))
-    if background == (255, 255, 255):  # next to nothing: the terminal's own colours
+    step = round(abs(strength) * len(_SUPPORTS))
+    if not step:  # next to nothing: the terminal's own colours
         return text
-    ink = 16 if text_color(background) == (0, 0, 0) else 231
-    return f"\x1b[38;5;{ink};48;5;{_palette_index(background)}m{text}{_RESET}"
-
-
-def _palette_color(color: Color) -> Color:
-    red, green, blue = (min(_LEVELS, key=lambda level: abs(level - channel)) for channel in color)
-    return red, green, blue
-
-
-def _palette_index(color: Color) -> int:
-    red, green, blue = (_LEVELS.index(channel) for channel in color)
-    return 16 + 36 * red + 6 * green + blue
+    ink, background = (_SUPPORTS if strength > 0 else _OPPOSES)[step - 1]
+    return f"\x1b[38;5;{ink};48;5;{background}m{text}{_RESET}"
