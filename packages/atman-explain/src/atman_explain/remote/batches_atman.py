@@ -52,11 +52,8 @@ class BatchPasses:
         for number, passage in enumerate(self._passages):
             mine = [index for index, item in enumerate(items) if item.passage == number]
             inputs = plain_inputs(passage, self._model)
-            by_logits = max(
-                1, LOGITS_BUDGET // (len(passage.target_ids) * self._model.config.get_text_config().vocab_size)
-            )
-            most = by_logits if self._most is None else min(by_logits, self._most)
-            for group in pack(mine, [passage.length] * len(mine), tokens=self._tokens, most=most):
+            most = self._settings.most_items([passage], self._model.config.get_text_config().vocab_size)
+            for group in pack([passage.length] * len(mine), tokens=self._settings.tokens, most=most):
                 chosen = [mine[each] for each in group]
                 factors = torch.stack([items[index].factors() for index in chosen])
                 yield from zip(chosen, self._run(passage, inputs, factors), strict=True)

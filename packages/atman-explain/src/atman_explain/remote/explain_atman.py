@@ -1,24 +1,18 @@
 """`AtMan` and `explain`: from a prompt and a target to the relevance of every unit of the prompt."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from .configuration_atman import AtManConfig
-from .errors_atman import ExplanationInterrupted
-from .explanation_atman import Explanation, Target
-from .passages_atman import Passage, Readout, Suppression, pack
-from .prompts_atman import EncodedPrompt, encode_prompts, encode_targets, token_texts
-from .routes_atman import Passes, Router
+from .explanation_atman import Explanation
+from .passages_atman import Passage, Readout, pack
+from .prompts_atman import encode_prompts, encode_targets, token_texts
+from .routes_atman import Router
+from .scoring_atman import Work, progress, score, split_prompt
 from .switching_atman import atman_implementation, base_model, evaluation_mode
-from .unit_factors_atman import UnitFactors
-from .units_atman import Unit, split_units, target_units
-
-_PROGRESS_DELAY = 3.0  # seconds before a progress bar appears
+from .units_atman import target_units
 
 
 class AtMan:
@@ -97,45 +91,15 @@ class AtMan:
                 Passage(prompt_ids=each.input_ids, target_ids=ids, model_inputs=each.model_inputs)
                 for each, ids in zip(prompts, targets, strict=True)
             ]
-            units = [self._split(each, config, spans, chunks) for each in prompts]
-            work = [_Work(*each, self._texts(each[1])) for each in zip(prompts, passages, units, strict=True)]
+            units = [split_prompt(each, config, self.processor, spans=spans, chunks=chunks) for each in prompts]
+            work = [Work(*each, self._texts(each[1])) for each in zip(prompts, passages, units, strict=True)]
             explanations = self._run(work, config)
         return explanations[0] if is_single else explanations
-
-    def _split(
-        self,
-        prompt: EncodedPrompt,
-        config: AtManConfig,
-        spans: Sequence[tuple[int, int]] | None,
-        chunks: Sequence[Sequence[int]] | None,
-        granularity: str | None = None,
-    ) -> list[Unit]:
-        if granularity is None:
-            granularity = _coarse_granularity(prompt) if config.granularity == "auto" else config.granularity
-        units = split_units(
-            prompt,
-            granularity=granularity,
-            delimiter=config.delimiter,
-            spans=spans,
-            chunks=chunks,
-            overlap=config.overlap,
-            units=config.units,
-            tiles=config.tiles,
-            include_special=config.include_special,
-            exclude=config.exclude,
-            tokenizer=getattr(self.processor, "tokenizer", self.processor),
-        )
-        if not units:
-            raise ValueError(
-                "prompt has no unit to score: all its tokens are special or excluded; pass include_special=True, or "
-                "fewer columns in exclude."
-            )
-        return units
 
     def _texts(self, passage: Passage) -> tuple[str, ...]:
         return token_texts(self.processor, passage.target_ids)
 
-    def _run(self, work: Sequence["_Work"], config: AtManConfig) -> list[Explanation]:
+    def _run(self, work: Sequence[Work], config: AtManConfig) -> list[Explanation]:
         for each in work:
             self._router.check_length(each.passage)
             if config.attribute_target:
@@ -143,50 +107,13 @@ class AtMan:
                     each.passage.target_ids, each.target_texts, first_column=len(each.passage.prompt_ids)
                 )
         tokens = self._router.token_budget(config)
-        total = sum(len(each.units) for each in work)
-        shows = None if config.show_progress is None else not config.show_progress
-        delay = _PROGRESS_DELAY if config.show_progress is None else 0.0
-        bar = tqdm(total=total, desc="AtMan", unit="unit", disable=shows, delay=delay, leave=False)
-        try:
-            with bar:
-                lengths = [each.passage.length for each in work]
-                for group in pack(lengths, tokens=tokens):
-                    self._run_group([work[index] for index in group], config, tokens, bar)
-        except KeyboardInterrupt:
-            partial = [each.explanation(config) for each in work if each.baseline is not None]
-            raise ExplanationInterrupted(partial) from None
-        return [each.explanation(config) for each in work]
-
-    def _run_group(self, group: Sequence["_Work"], config: AtManConfig, tokens: int, bar: Any) -> None:
         readout = Readout(config.delta, config.temperature)
-        passes = self._router.open([each.passage for each in group], config, readout, tokens)
-        for each, baseline in zip(group, passes.baseline, strict=True):
-            each.begin(baseline)
-        self._score(group, passes, config, bar)
-        if config.granularity == "auto":
-            for each in group:
-                fine = self._split(each.prompt, config, None, None, granularity="token")
-                each.refine(fine, config.keep)
-                bar.total += sum(each.is_open())
-            self._score(group, passes, config, bar)
-
-    def _score(self, group: Sequence["_Work"], passes: Passes, config: AtManConfig, bar: Any) -> None:
-        items: list[Suppression] = []
-        places: list[tuple[_Work, int, int]] = []
-        for number, each in enumerate(group):
-            factors = UnitFactors(each.units, passes.embeds(number), each.prompt.images, config)
-            for index, is_open in enumerate(each.is_open()):
-                start = factors.start(index) if is_open else each.passage.length
-                if is_open and start < passes.embeds(number).shape[0]:
-                    items.append(Suppression(number, _Later(factors, index), start))
-                    places.append((each, index, start))
-                elif is_open:
-                    each.readouts[index] = each.baseline  # every factor is 1
-                    bar.update()
-        for item, readouts in passes.run(items):
-            each, index, start = places[item]
-            each.record(index, readouts, start if passes.is_causal else 0)
-            bar.update()
+        with progress(work, config) as bar:
+            for indices in pack([each.passage.length for each in work], tokens=tokens):
+                group = [work[index] for index in indices]
+                passes = self._router.open([each.passage for each in group], config, readout, tokens)
+                score(group, passes, config, self.processor, bar)
+        return [each.explanation(config) for each in work]
 
 
 def explain(
@@ -206,95 +133,6 @@ def explain(
     """
     own = {name: settings.pop(name) for name in ("spans", "chunks") if name in settings}
     return AtMan(model, processor, config, **settings).explain(prompt, target=target, images=images, **own)
-
-
-@dataclass(frozen=True)
-class _Later:
-    factors: UnitFactors
-    index: int
-
-    def __call__(self) -> Tensor:
-        return self.factors.row(self.index)
-
-
-@dataclass
-class _Work:
-    """One prompt on its way to an explanation."""
-
-    prompt: EncodedPrompt
-    passage: Passage
-    units: list[Unit]
-    target_texts: tuple[str, ...]
-    baseline: Tensor | None = None
-    readouts: Tensor = field(default_factory=lambda: torch.empty(0))  # [U, M], NaN where not computed yet
-    is_coarse: list[bool] | None = None
-
-    def begin(self, baseline: Tensor) -> None:
-        if baseline.isnan().any():
-            raise ValueError(
-                f"The model's logits for the target {self.target_texts} are NaN before anything is suppressed; check "
-                "the model's weights and dtype."
-            )
-        self.baseline = baseline.cpu()
-        self.readouts = torch.full((len(self.units), len(baseline)), torch.nan, dtype=self.baseline.dtype)
-
-    def is_open(self) -> list[bool]:
-        return self.readouts.isnan().any(1).tolist()
-
-    def record(self, index: int, readouts: Tensor, start: int) -> None:
-        if readouts.isnan().any():
-            raise ValueError(
-                f"The model's logits are NaN when the unit {self.units[index].text!r} is suppressed; check the model's "
-                "dtype, or use a factor nearer to 1."
-            )
-        assert self.baseline is not None
-        untouched = max(0, start - self.passage.first_row)  # rows before the unit never see it
-        self.readouts[index] = torch.cat([self.baseline[:untouched], readouts.cpu()[untouched:]])
-
-    def refine(self, fine: Sequence[Unit], keep: int) -> None:
-        """Replace the best coarse units by the fine ones inside them."""
-        assert self.baseline is not None
-        gains = (self.baseline - self.readouts).sum(1)
-        best = set(gains.topk(min(keep, len(self.units))).indices.tolist())
-        inside = {column for index in best for column in self.units[index].columns}
-        kept = [(unit, self.readouts[index], True) for index, unit in enumerate(self.units) if index not in best]
-        unknown = torch.full_like(self.baseline, torch.nan)
-        kept += [(unit, unknown, False) for unit in fine if set(unit.columns) <= inside]
-        kept.sort(key=lambda each: each[0].columns[0])
-        self.units = [unit for unit, _, _ in kept]
-        self.readouts = torch.stack([readouts for _, readouts, _ in kept])
-        self.is_coarse = [is_coarse for _, _, is_coarse in kept]
-
-    def explanation(self, config: AtManConfig) -> Explanation:
-        assert self.baseline is not None
-        texts, ids = self.target_texts, self.passage.target_ids
-        targets = tuple(Target(text=text, id=index) for text, index in zip(texts, ids, strict=True))
-        found = Explanation(
-            scores=(self.baseline - self.readouts).T,
-            units=tuple(self.units),
-            targets=targets,
-            baseline_logprobs=self.baseline,
-            prompt=self.prompt.text,
-            prompt_ids=self.prompt.input_ids,
-            tokens=self.prompt.tokens,
-            config=replace(config, postprocess="none", target_granularity="token", normalize=False).to_dict(),
-            is_coarse=None if self.is_coarse is None else tuple(self.is_coarse),
-            grids=tuple(image.grid for image in self.prompt.images),
-            special=self.prompt.special,
-        )
-        if config.postprocess != "none":
-            found = found.absolute() if config.postprocess == "absolute" else found.squared()
-        if config.target_granularity == "complete":
-            found = found.total()
-        return found.normalized() if config.normalize else found
-
-
-def _coarse_granularity(prompt: EncodedPrompt) -> str:
-    """Paragraphs, if there are several; else sentences, if there are; else tokens."""
-    for granularity in ("paragraph", "sentence"):
-        if prompt.text is not None and len(split_units(prompt, granularity=granularity, units="text")) > 1:
-            return granularity
-    return "token"
 
 
 def _with_settings(config: AtManConfig, settings: dict[str, Any]) -> AtManConfig:

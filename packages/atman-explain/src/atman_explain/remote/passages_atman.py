@@ -119,7 +119,7 @@ def forward_rows(model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
         return model(**inputs).logits[:, rows]
 
 
-def _float32_product(head: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+def _float32_product(head: nn.Linear, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
     """Form logits in float32: differences of log-probabilities below 0.01 drown in bfloat16."""
     hidden, weight, bias = args[0].float(), head.weight, head.bias
     rows = max(1, _HEAD_CHUNK // weight.shape[1])

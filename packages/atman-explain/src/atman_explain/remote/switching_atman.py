@@ -27,7 +27,7 @@ _LOCK = threading.RLock()
 _SWITCHES: "weakref.WeakKeyDictionary[nn.Module, _Switch]" = weakref.WeakKeyDictionary()
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
+def base_model(model: Any) -> PreTrainedModel:
     """The transformers model inside wrappers of `torch.compile` and PEFT.
 
     Raises:
