@@ -175,7 +175,14 @@ class AtManConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"AtManConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**settings)
+
+
+def with_settings(config: AtManConfig | None, settings: dict[str, Any]) -> AtManConfig:
+    """Single settings over those of a configuration; over the defaults, if there is none."""
+    config = config or AtManConfig()
+    return AtManConfig.from_dict({**config.to_dict(), **settings}) if settings else config
 
 
 def check_factor(name: str, value: float | None) -> None:

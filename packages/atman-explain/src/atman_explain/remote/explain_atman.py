@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .configuration_atman import AtManConfig
+from .configuration_atman import AtManConfig, with_settings
 from .explanation_atman import Explanation
 from .passages_atman import Passage, Readout, pack
 from .prompts_atman import encode_prompts, encode_targets, token_texts
@@ -45,7 +45,7 @@ class AtMan:
     ) -> None:
         self.model = model
         self.processor = processor
-        self.config = _with_settings(config or AtManConfig(), settings)
+        self.config = with_settings(config, settings)
         self._router = Router(base_model(model))
 
     def explain(
@@ -78,7 +78,7 @@ class AtMan:
             UnsupportedModelError: this model, or this way of explaining it, is not supported.
             ExplanationInterrupted: interrupted from the keyboard; `partial` holds what was computed.
         """
-        config = _with_settings(self.config, settings)
+        config = with_settings(self.config, settings)
         model = self._router.model
         prompts, is_single = encode_prompts(self.processor, prompt, images=images)
         with atman_implementation(model), evaluation_mode(model):
@@ -92,12 +92,10 @@ class AtMan:
                 for each, ids in zip(prompts, targets, strict=True)
             ]
             units = [split_prompt(each, config, self.processor, spans=spans, chunks=chunks) for each in prompts]
-            work = [Work(*each, self._texts(each[1])) for each in zip(prompts, passages, units, strict=True)]
+            texts = [token_texts(self.processor, ids) for ids in targets]
+            work = [Work(*each) for each in zip(prompts, passages, units, texts, strict=True)]
             explanations = self._run(work, config)
         return explanations[0] if is_single else explanations
-
-    def _texts(self, passage: Passage) -> tuple[str, ...]:
-        return token_texts(self.processor, passage.target_ids)
 
     def _run(self, work: Sequence[Work], config: AtManConfig) -> list[Explanation]:
         for each in work:
@@ -133,7 +131,3 @@ def explain(
     """
     own = {name: settings.pop(name) for name in ("spans", "chunks") if name in settings}
     return AtMan(model, processor, config, **settings).explain(prompt, target=target, images=images, **own)
-
-
-def _with_settings(config: AtManConfig, settings: dict[str, Any]) -> AtManConfig:
-    return AtManConfig.from_dict({**config.to_dict(), **settings}) if settings else config
