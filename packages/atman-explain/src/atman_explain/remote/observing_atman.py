@@ -27,15 +27,18 @@ class Observation:
 
 
 class Observer(Intervention):
-    """Leaves attention as it is and keeps a list of who was called."""
+    """Leaves attention as it is and keeps a list of who was called, and with how many queries and keys."""
 
     def __init__(self) -> None:
         self.modules = None
         self.called: list[nn.Module] = []
+        self.lengths: list[tuple[int, int]] = []
+        """Queries and keys of the first call of every module in `called`."""
 
     def attend(self, call: AttentionCall) -> Tensor:
         if not any(call.module is module for module in self.called):
             self.called.append(call.module)
+            self.lengths.append((call.query.shape[2], call.key.shape[2]))
         return call.attend()
 
 
