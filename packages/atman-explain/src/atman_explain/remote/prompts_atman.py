@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from difflib import SequenceMatcher
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from .placing_atman import Placed, decode, place_expanded, place_ids, place_text, tokenizer_of
 from .sequences_atman import mapping_rows, sequences
 
 _seam_was_reported = False
@@ -44,20 +44,14 @@ class EncodedPrompt:
     """`[P]` numbers of the tokenizer's words. None: unknown."""
 
     special: tuple[bool, ...]
-    """`[P]` True for the start, end, padding and control tokens; False for the places of image patches."""
+    """`[P]` True for the start, end, padding and control tokens, and for what a processor put around an image; False
+    for the places of its patches."""
 
     images: tuple[ImageColumns, ...] = ()
     """One entry per image; empty until a model has told where they are."""
 
     model_inputs: Mapping[str, Tensor] = field(default_factory=dict)
     """Further inputs of this one row, batch dimension first."""
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    ids: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...] | None
-    word_ids: tuple[int | None, ...] | None
 
 
 def encode_prompts(processor: Any, prompt: Any, *, images: Any = None) -> tuple[list[EncodedPrompt], bool]:
@@ -129,21 +123,19 @@ def token_texts(processor: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(_token_text(tokenizer, index) for index in ids)
 
 
-def tokenizer_of(processor: Any) -> Any:
-    """Return the tokenizer of a processor, or a tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
-
-
 def image_token_ids(processor: Any) -> frozenset[int]:
     """Return the ids that keep places for the patches of images."""
-    found = {getattr(part, "image_token_id", None) for part in (processor, tokenizer_of(processor))}
-    return frozenset(index for index in found if isinstance(index, int))
+    tokenizer = tokenizer_of(processor)
+    found = {getattr(part, "image_token_id", None) for part in (processor, tokenizer)}
+    around = {getattr(tokenizer, role, None) for role in ("boi_token_id", "eoi_token_id")}
+    return frozenset(index for index in found - around if isinstance(index, int))
 
 
 def _token_text(tokenizer: Any, index: int) -> str:
-    if index >= len(tokenizer):  # models may have more rows than the tokenizer has tokens
+    try:
+        return decode(tokenizer, [index]) or tokenizer.convert_ids_to_tokens(index) or f"<{index}>"
+    except ValueError:  # models may have more rows than the tokenizer has tokens
         return f"<{index}>"
-    return _decode(tokenizer, [index]) or str(tokenizer.convert_ids_to_tokens(index))
 
 
 def _encode_prompt(processor: Any, item: str | tuple[int, ...], images: list[Any]) -> EncodedPrompt:
@@ -151,43 +143,46 @@ def _encode_prompt(processor: Any, item: str | tuple[int, ...], images: list[Any
         if images:
             raise ValueError("images need a prompt that is text, got token ids; pass the processor's output as prompt.")
         return _prompt_from_ids(processor, item, {})
-    plain = _tokenize(tokenizer_of(processor), item)
+    plain = place_text(tokenizer_of(processor), item)
     if not images:
         return _prompt(processor, plain, item, {})
     if processor is tokenizer_of(processor):
         raise ValueError(f"images need a processor that takes them, got the tokenizer {type(processor).__name__}.")
     ((ids, inputs),) = mapping_rows(processor(text=item, images=images, return_tensors="pt"), "prompt")
-    return _prompt(processor, _aligned(plain, ids), item, inputs)
+    return _prompt(processor, place_expanded(plain, ids), item, inputs)
 
 
 def _prompt_from_ids(processor: Any, ids: tuple[int, ...], inputs: dict[str, Tensor]) -> EncodedPrompt:
     tokenizer = tokenizer_of(processor)
-    if tokenizer is None:
-        return _prompt(None, _Encoding(ids, None, None), None, inputs)
-    for skip_special_tokens in (True, False):
-        text = _decode(tokenizer, ids, skip_special_tokens)
-        found = _tokenize(tokenizer, text, add_special_tokens=skip_special_tokens)
-        if found.ids == ids:
-            return _prompt(processor, found, text, inputs)
-    return _prompt(processor, _Encoding(ids, None, None), text, inputs)
+    text, placed = (None, Placed(ids)) if tokenizer is None else place_ids(tokenizer, ids)
+    return _prompt(processor, placed, text, inputs)
 
 
-def _prompt(processor: Any, encoding: _Encoding, text: str | None, inputs: dict[str, Tensor]) -> EncodedPrompt:
-    if not encoding.ids or text == "":
-        raise ValueError("prompt must not be empty, got a prompt without tokens.")
-    tokens = list(token_texts(processor, encoding.ids))
-    if text is not None and encoding.spans is not None:
-        tokens = [text[start:end] or token for (start, end), token in zip(encoding.spans, tokens, strict=True)]
-    special = _special_ids(processor)
+def _prompt(processor: Any, placed: Placed, text: str | None, inputs: dict[str, Tensor]) -> EncodedPrompt:
+    if not placed.ids:
+        raise ValueError(f"prompt must not be empty, got {text!r}, which has no tokens.")
+    control, patches = _special_ids(processor), image_token_ids(processor)
     return EncodedPrompt(
-        input_ids=encoding.ids,
+        input_ids=placed.ids,
         text=text,
-        tokens=tuple(tokens),
-        spans=encoding.spans,
-        word_ids=encoding.word_ids,
-        special=tuple(index in special for index in encoding.ids),
+        tokens=_texts_in_place(processor, placed, text),
+        spans=placed.spans,
+        word_ids=placed.word_ids,
+        special=tuple(
+            index not in patches and (index in control or column in placed.inserted)
+            for column, index in enumerate(placed.ids)
+        ),
         model_inputs=inputs,
     )
+
+
+def _texts_in_place(processor: Any, placed: Placed, text: str | None) -> tuple[str, ...]:
+    """Return what to show for every token: its part of the text, which shows more than the token does alone."""
+    if placed.spans is None or text is None:
+        return token_texts(processor, placed.ids)
+    tokenizer = tokenizer_of(processor)
+    pairs = zip(placed.spans, placed.ids, strict=True)
+    return tuple(text[start:end] or _token_text(tokenizer, index) for (start, end), index in pairs)
 
 
 def _special_ids(processor: Any) -> frozenset[int]:
@@ -199,46 +194,7 @@ def _special_ids(processor: Any) -> frozenset[int]:
     roles = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id")
     named = {getattr(tokenizer, role, None) for role in roles}
     unknown = {getattr(tokenizer, "unk_token_id", None)} - named
-    return frozenset((added | set(tokenizer.all_special_ids)) - unknown - image_token_ids(processor))
-
-
-def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> _Encoding:
-    try:
-        encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-    except (
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ):  # tokenizers without offsets; whatever else is wrong comes back
-        encoded = tokenizer(text, add_special_tokens=add_special_tokens)
-    ids = tuple(encoded["input_ids"])
-    offsets = encoded.get("offset_mapping")
-    try:
-        word_ids = tuple(encoded.word_ids())
-    except (AttributeError, ValueError):
-        word_ids = None
-    return _Encoding(ids, None if offsets is None else _placed(offsets), word_ids)
-
-
-def _placed(offsets: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Move tokens that are not in the text, which tokenizers put at 0, to the end of what precedes them."""
-    spans: list[tuple[int, int]] = []
-    for start, end in offsets:
-        spans.append((start, end) if end > start or not spans else (spans[-1][1],) * 2)
-    return tuple(spans)
-
-
-def _aligned(plain: _Encoding, ids: tuple[int, ...]) -> _Encoding:
-    """Carry spans and words over to the ids of a processor, which put many ids in the place of one image token."""
-    origins: list[int | None] = [None] * len(ids)
-    for block in SequenceMatcher(None, plain.ids, ids, autojunk=False).get_matching_blocks():
-        origins[block.b : block.b + block.size] = range(block.a, block.a + block.size)
-    spans = word_ids = None
-    if plain.spans is not None:
-        spans = _placed([(0, 0) if origin is None else plain.spans[origin] for origin in origins])
-    if plain.word_ids is not None:
-        word_ids = tuple(None if origin is None else plain.word_ids[origin] for origin in origins)
-    return replace(plain, ids=ids, spans=spans, word_ids=word_ids)
+    return frozenset((added | set(tokenizer.all_special_ids)) - unknown)
 
 
 def _encode_target(
@@ -261,11 +217,16 @@ def _check_seam(tokenizer: Any, text: str, target: str, target_ids: tuple[int, .
     if _seam_was_reported:
         return
     before, together = _plain_ids(tokenizer, text), _plain_ids(tokenizer, text + target)
-    if together == before + target_ids:
+    if before + target_ids == together:
+        return
+    implies_space = not text[-1].isspace() and not target[0].isspace()  # as most tokenizers do that cut whole words
+    if implies_space and before + target_ids == _plain_ids(tokenizer, f"{text} {target}"):
         return
     _seam_was_reported = True
     remedy = "move the border, for example a space from the end of the prompt to the start of the target"
-    if together[: len(before)] == before:
+    if before + _plain_ids(tokenizer, target.lstrip()) == together:
+        remedy = f"pass target={target.lstrip()!r}, whose ids follow the prompt as they would in one text"
+    elif together[: len(before)] == before:
         remedy = f"pass target={list(together[len(before) :])} to explain the ids of the joined text"
     warnings.warn(
         f"The tokenizer gives {list(target_ids)} for the target {target!r}, but cuts it differently when it "
@@ -276,10 +237,6 @@ def _check_seam(tokenizer: Any, text: str, target: str, target_ids: tuple[int, .
 
 def _plain_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _decode(tokenizer: Any, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
 
 def _images_by_prompt(images: Any, count: int, is_single: bool) -> list[list[Any]]:

@@ -6,9 +6,7 @@ from itertools import pairwise
 
 # Both alternatives take whatever they begin with, so that no character is looked at twice.
 _BREAK = re.compile(r"(?P<marks>[.!?…。！？｡]+)(?P<closers>[\"'”’»›)\]}」』】）]*)(?P<space>\s*)|(?P<blank>\s+)")
-_ABBREVIATIONS = frozenset(
-    ["approx", "bzw", "ca", "cf", "dr", "etc", "fig", "mr", "mrs", "ms", "no", "nr", "prof", "st", "vs"]
-)
+_ABBREVIATIONS = frozenset({"approx", "bzw", "ca", "cf", "dr", "fig", "mr", "mrs", "ms", "nr", "prof", "st", "vs"})
 _WORD_BEFORE = re.compile(r"\S{0,16}\Z")
 
 

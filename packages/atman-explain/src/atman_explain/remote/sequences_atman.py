@@ -25,8 +25,7 @@ def sequences(value: Any, name: str) -> tuple[list[str | tuple[int, ...]], bool]
             raise ValueError(f"{name} must be a 1-D or 2-D tensor of token ids, got shape {tuple(value.shape)}.")
         is_row = value.ndim == 1
     elif isinstance(value, (list, tuple, range)):
-        is_row = len(value) > 0 and not isinstance(value[0], (str, list, tuple, range, Tensor, np.ndarray, Mapping))
-        is_row = is_row or (len(value) > 0 and getattr(value[0], "ndim", None) == 0)
+        is_row = len(value) > 0 and not _is_nested(value[0])
     else:
         raise ValueError(f"{name} must be text, token ids, or a list of those, got {type(value).__name__}.")
     if len(value) == 0:
@@ -34,6 +33,10 @@ def sequences(value: Any, name: str) -> tuple[list[str | tuple[int, ...]], bool]
     if is_row:
         return [_id_row(value, name)], True
     return [_sequence(item, f"{name}[{index}]") for index, item in enumerate(value)], False
+
+
+def _is_nested(item: Any) -> bool:
+    return isinstance(item, (str, list, tuple, range, Mapping)) or getattr(item, "ndim", 0) > 0
 
 
 def _sequence(item: Any, name: str) -> str | tuple[int, ...]:
@@ -45,8 +48,7 @@ def _sequence(item: Any, name: str) -> str | tuple[int, ...]:
 
 
 def _id_row(values: Any, name: str) -> tuple[int, ...]:
-    if isinstance(values, (Tensor, np.ndarray)):
-        values = values.tolist()
+    values = _plain(values)
     if not isinstance(values, (list, tuple, range)) or len(values) == 0:
         raise ValueError(f"{name} must not be empty, and be text or a row of token ids, got {values!r}.")
     return tuple(_token_id(value, f"{name}[{index}]") for index, value in enumerate(values))
@@ -83,11 +85,16 @@ def _mask_rows(mask: Any, rows: list[tuple[int, ...]], name: str) -> list[slice]
     """Return which part of every row is not padding."""
     if mask is None:
         return [slice(0, len(row)) for row in rows]
-    mask = mask.tolist() if isinstance(mask, (Tensor, np.ndarray)) else mask
-    mask = [mask] if not isinstance(mask[0], (list, tuple)) else mask
-    if [len(row) for row in mask] != [len(row) for row in rows]:
+    mask = _plain(mask)
+    mask = [_plain(row) for row in mask] if len(mask) and _is_nested(mask[0]) else [mask]
+    has_numbers = not any(_is_nested(value) for row in mask for value in row)
+    if [len(row) for row in mask] != [len(row) for row in rows] or not has_numbers:
         raise ValueError(f"{name}['attention_mask'] must have the shape of {name}['input_ids'].")
     return [_kept(row, f"{name}['attention_mask'][{index}]") for index, row in enumerate(mask)]
+
+
+def _plain(values: Any) -> Any:
+    return values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
 
 
 def _kept(mask: Sequence[int], name: str) -> slice:

@@ -1,20 +1,19 @@
 """Units, the groups of columns whose attention is suppressed together: tokens, words, sentences, spans, image tiles."""
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from .prompts_atman import EncodedPrompt, image_token_ids, tokenizer_of
-from .segments_atman import delimiter_spans, text_spans
+from .prompts_atman import EncodedPrompt, image_token_ids
+from .segments_atman import text_spans as text_spans
+from .textgroups_atman import Delimiters, delimiter_groups, known_spans, segment_groups, visible_span, word_groups
+from .textgroups_atman import delimiter_chunks as delimiter_chunks
 
 GRANULARITIES = ("token", "word", "sentence", "paragraph", "delimiter")
 OVERLAPS = ("complete", "partial")
 TILES = {"word": (6, 6), "sentence": (3, 3), "paragraph": (1, 1)}
 """Tiles per image that match a granularity of text; every patch is a unit for the others."""
-
-Delimiters = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +141,8 @@ def columns_of_span(
 ) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
     """Return the columns of the tokens that a span of characters touches, and the fraction it covers of each.
 
+    The space before a word, which many tokens carry, counts for nothing: a span of a whole word covers it whole.
+
     Args:
         prompt: an encoded prompt whose characters are known.
         span: start and end, exclusive.
@@ -154,17 +155,18 @@ def columns_of_span(
         ValueError: the span is empty, outside the text, or touches no token.
     """
     _check_choice("overlap", overlap, OVERLAPS)
-    places, text = _known_spans(prompt, "spans")
+    places, text = known_spans(prompt, "spans")
     start, end = span
     if not 0 <= start < end <= len(text):
-        raise ValueError(f"span must satisfy 0 <= start < end <= {len(text)}, the length of the prompt, got {span}.")
+        raise ValueError(f"spans must satisfy 0 <= start < end <= {len(text)}, the length of the prompt, got {span}.")
+    visible = [visible_span(text, place) for place in places]
     covered = {
         column: (min(end, last) - max(start, first)) / (last - first)
-        for column, (first, last) in enumerate(places)
-        if first < end and start < last
+        for column, (first, last) in enumerate(visible)
+        if max(start, first) < min(end, last)
     }
     if not covered:
-        raise ValueError(f"span {span} is {text[start:end]!r}, which belongs to no token of the prompt.")
+        raise ValueError(f"spans must touch a token, got {span}, which is {text[start:end]!r} in the prompt.")
     is_whole = overlap == "complete" or all(share == 1 for share in covered.values())
     return tuple(covered), None if is_whole else tuple(covered.values())
 
@@ -172,19 +174,6 @@ def columns_of_span(
 def overlap_factor(factor: float, share: float) -> float:
     """Return the factor of a token of which a unit covers only a share: 2.0 over half a token is 1.5."""
     return 1.0 + (factor - 1.0) * share
-
-
-def delimiter_chunks(ids: Sequence[int], delimiters: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Cut ids into chunks, each ending with a delimiter, apart from the last; `(start, end)`, end exclusive."""
-    ordered = sorted(map(tuple, delimiters), key=len, reverse=True)  # the longest wins where several begin
-    row, chunks, start, position = tuple(ids), [], 0, 0
-    while position < len(row):
-        length = next((len(one) for one in ordered if row[position : position + len(one)] == one), 0)
-        position += length or 1
-        if length:
-            chunks.append((start, position))
-            start = position
-    return [*chunks, (start, len(row))] if start < len(row) else chunks
 
 
 def _check_choices(granularity: str, delimiter: Any, spans: Any, chunks: Any, overlap: str, units: str) -> None:
@@ -222,17 +211,8 @@ def _without(unit: Unit, omitted: set[int]) -> Unit | None:
     return Unit(**{**vars(unit), "columns": columns, "shares": shares}) if kept else None
 
 
-def _known_spans(prompt: EncodedPrompt, argument: str) -> tuple[tuple[tuple[int, int], ...], str]:
-    if prompt.spans is None or prompt.text is None:
-        raise ValueError(
-            f"{argument} needs to know where every token is in the text, which this tokenizer does not tell; "
-            "use a fast tokenizer, or pass chunks= (lists of token indices)."
-        )
-    return prompt.spans, prompt.text
-
-
 def _span_units(prompt: EncodedPrompt, spans: Sequence[tuple[int, int]], overlap: str) -> list[Unit]:
-    _, text = _known_spans(prompt, "spans")
+    _, text = known_spans(prompt, "spans")
     found = []
     for start, end in spans:
         columns, shares = columns_of_span(prompt, (start, end), overlap)
@@ -257,27 +237,24 @@ def _chunk_units(prompt: EncodedPrompt, chunks: Sequence[Sequence[int]]) -> list
 
 
 def _text_units(
-    prompt: EncodedPrompt, granularity: str, delimiter: Delimiters | None, omitted: set[int], tokenizer: Any
+    prompt: EncodedPrompt, granularity: str, delimiter: Delimiters | None, omitted: set[int], processor: Any
 ) -> list[Unit]:
-    pictured = _image_columns(prompt, tokenizer)
-    special = {column for column, is_special in enumerate(prompt.special) if is_special}
+    pictured = _image_columns(prompt, processor)
+    apart = {column for column, is_special in enumerate(prompt.special) if is_special} | pictured
     columns = [column for column in range(len(prompt.input_ids)) if column not in omitted | pictured]
     if granularity == "token":
-        return [_text_unit(prompt, [column]) for column in columns]
-    if granularity == "word":
-        return [_text_unit(prompt, group) for group in _word_groups(prompt, columns, special)]
-    if granularity == "delimiter":
-        return [_text_unit(prompt, group) for group in _delimiter_groups(prompt, columns, delimiter, tokenizer)]
-    places, text = _known_spans(prompt, f"granularity={granularity!r}")
-    borders = {
-        border for column in special | pictured if places[column][0] < places[column][1] for border in places[column]
-    }
-    starts = sorted({0, *borders, *(start for start, _ in text_spans(text, granularity))} - {len(text)})
-    return _segment_units(prompt, columns, special, starts)
+        groups = [[column] for column in columns]
+    elif granularity == "word":
+        groups = word_groups(prompt, columns, apart)
+    elif granularity == "delimiter":
+        groups = delimiter_groups(prompt, columns, delimiter, processor)
+    else:
+        return [_text_unit(prompt, *group) for group in segment_groups(prompt, columns, apart, granularity)]
+    return [_text_unit(prompt, group) for group in groups]
 
 
 def _image_columns(prompt: EncodedPrompt, processor: Any) -> set[int]:
-    """Return the columns of image patches, and of other tokens that stand between them."""
+    """Return the columns of image patches, and of the same token in between, such as the ends of rows."""
     patches = {column for image in prompt.images for column in image.columns}
     placeholders = {prompt.input_ids[column] for column in patches} | image_token_ids(processor)
     return {column for column, index in enumerate(prompt.input_ids) if index in placeholders}
@@ -291,94 +268,6 @@ def _text_unit(prompt: EncodedPrompt, columns: Sequence[int], span: tuple[int, i
     else:
         text = prompt.text[slice(*span)]
     return Unit(text=text, columns=tuple(columns), span=span)
-
-
-def _segment_units(prompt: EncodedPrompt, columns: list[int], special: set[int], starts: list[int]) -> list[Unit]:
-    """Make a unit of the tokens that begin in each segment of the text, and of every special token."""
-    groups: dict[int, list[int]] = {}
-    for column in columns:
-        if column not in special:
-            groups.setdefault(bisect_right(starts, _first_visible(prompt, column)), []).append(column)
-    ends = [*starts[1:], len(prompt.text or "")]
-    found = [_text_unit(prompt, group, (starts[i - 1], ends[i - 1])) for i, group in groups.items()]
-    return found + [_text_unit(prompt, [column]) for column in columns if column in special]
-
-
-def _first_visible(prompt: EncodedPrompt, column: int) -> int:
-    """Return where a token's text begins. The space before a word, which many tokens carry, does not count."""
-    places, text = _known_spans(prompt, "granularity")
-    start, end = places[column]
-    piece = text[start:end]
-    return start + len(piece) - len(piece.lstrip()) if piece.strip() else start
-
-
-def _word_groups(prompt: EncodedPrompt, columns: list[int], special: set[int]) -> list[list[int]]:
-    if prompt.word_ids is None:
-        _known_spans(prompt, "granularity='word'")
-    groups: list[list[int]] = []
-    for column in columns:
-        is_next = bool(groups) and groups[-1][-1] == column - 1 and special.isdisjoint((column, column - 1))
-        if is_next and not _begins_word(prompt, column):
-            groups[-1].append(column)
-        else:
-            groups.append([column])
-    return groups
-
-
-def _begins_word(prompt: EncodedPrompt, column: int) -> bool:
-    """Tell whether a token begins a word, by the tokenizer's account or because a space comes before it.
-
-    Both, because some tokenizers count a whole text as one word. A space alone belongs to the word that follows.
-    """
-    words = prompt.word_ids
-    if words is not None and (words[column] is None or words[column] != words[column - 1]):
-        return True
-    if prompt.spans is None or prompt.text is None:
-        return False
-    text, (start, end), before = prompt.text, prompt.spans[column], prompt.spans[column - 1]
-    if not text[slice(*before)].strip():
-        return False
-    visible = _first_visible(prompt, column)
-    return visible >= before[1] and (not text[start:end].strip() or text[visible - 1 : visible].isspace())
-
-
-def _delimiter_groups(
-    prompt: EncodedPrompt, columns: list[int], delimiter: Delimiters | None, tokenizer: Any
-) -> list[list[int]]:
-    texts, rows = _delimiters(delimiter)
-    if texts and prompt.spans is not None and prompt.text is not None:
-        starts = [start for start, _ in delimiter_spans(prompt.text, texts)]
-        numbers = [bisect_right(starts, _first_visible(prompt, column)) for column in range(len(prompt.input_ids))]
-    else:
-        rows = rows or _delimiter_ids(texts, tokenizer)
-        chunks = delimiter_chunks(prompt.input_ids, rows)
-        numbers = [number for number, (start, end) in enumerate(chunks) for _ in range(start, end)]
-    groups: dict[int, list[int]] = {}
-    for column in columns:
-        groups.setdefault(numbers[column], []).append(column)
-    return list(groups.values())
-
-
-def _delimiters(delimiter: Any) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Return the delimiters as texts or as rows of ids, whichever was given."""
-    several = [delimiter] if isinstance(delimiter, str) else list(delimiter)
-    if several and all(isinstance(one, int) and not isinstance(one, bool) for one in several):
-        several = [tuple(several)]
-    if not several or any(not isinstance(one, (str, list, tuple)) or not one for one in several):
-        raise ValueError(
-            f"delimiter must be a string, token ids, or a list of those, and not empty, got {delimiter!r}."
-        )
-    texts = [one for one in several if isinstance(one, str)]
-    if texts and len(texts) < len(several):
-        raise ValueError(f"delimiter must be all strings or all token ids, got {delimiter!r}.")
-    return texts, [] if texts else [tuple(one) for one in several]
-
-
-def _delimiter_ids(texts: list[str], processor: Any) -> list[tuple[int, ...]]:
-    tokenizer = tokenizer_of(processor)
-    if tokenizer is None:
-        raise ValueError(f"delimiter {texts[0]!r} needs a tokenizer; give the delimiter as token ids.")
-    return [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
 def _image_units(prompt: EncodedPrompt, granularity: str, tiles: tuple[int, int] | None) -> list[Unit]:
