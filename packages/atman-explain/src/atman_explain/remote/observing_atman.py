@@ -1,7 +1,7 @@
 """One plain pass of a model, watched: which attention modules it calls, and what enters its decoder."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class Observation:
     input: DecoderInput
     modules: tuple[nn.Module, ...]
     """The decoder's attention modules, in the order of their first call."""
+    is_causal: bool = True
+    """Whether the decoder is fully described by its input: no row sees a later one, nothing else enters it."""
 
 
 class Observer(Intervention):
@@ -34,12 +36,27 @@ class Observer(Intervention):
         self.called: list[nn.Module] = []
         self.lengths: list[tuple[int, int]] = []
         """Queries and keys of the first call of every module in `called`."""
+        self.looking_ahead: set[int] = set()
+        """`id` of modules some of whose rows see keys behind them."""
+        self._mask: Tensor | None = None  # the last one that was looked at; layers share it
+        self._looks_ahead = False
 
     def attend(self, call: AttentionCall) -> Tensor:
         if not any(call.module is module for module in self.called):
             self.called.append(call.module)
             self.lengths.append((call.query.shape[2], call.key.shape[2]))
+            if call.visible is None or call.visible is not self._mask:
+                self._mask, self._looks_ahead = call.visible, _looks_ahead(call)
+            if self._looks_ahead:
+                self.looking_ahead.add(id(call.module))
         return call.attend()
+
+
+def _looks_ahead(call: AttentionCall) -> bool:
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if call.visible is None:
+        return not call.is_causal and queries > 1
+    return bool(call.visible.expand(*call.visible.shape[:2], queries, keys).triu(keys - queries + 1).any())
 
 
 def observe_decoder(model: PreTrainedModel, passage: Passage, readout: Readout) -> Observation:
@@ -66,19 +83,34 @@ def observe_decoder(model: PreTrainedModel, passage: Passage, readout: Readout) 
     position_ids = seen.get("position_ids")
     if position_ids is None:
         position_ids = torch.arange(passage.length, device=embeds.device)[None]
-    return Observation(readout(logits[0], targets), DecoderInput(embeds[0], position_ids), modules)
+    is_causal = observer.looking_ahead.isdisjoint(map(id, modules)) and not _has_features(seen)
+    return Observation(readout(logits[0], targets), DecoderInput(embeds[0], position_ids), modules, is_causal)
+
+
+def _has_features(seen: Mapping[str, Any]) -> bool:
+    """Whether a decoder is given features besides its input embeddings, for its inner layers."""
+    others = [value for name, value in seen.items() if name not in ("attention_mask", "inputs_embeds")]
+    parts = [each for value in others for each in (value if isinstance(value, (list, tuple)) else [value])]
+    return any(isinstance(each, Tensor) and each.is_floating_point() for each in parts)
 
 
 def plain_inputs(passage: Passage, model: PreTrainedModel) -> dict[str, Any]:
     """The inputs of a causal model for one passage, on its device; vision-language processors may add others."""
     ids = torch.tensor([passage.ids], device=model.device)
-    extra = {name: tensor.to(model.device) for name, tensor in passage.model_inputs.items()}
+    extra = further_inputs(passage.model_inputs, model)
     for name, tensor in extra.items():
-        if tensor.is_floating_point():
-            extra[name] = tensor.to(model.dtype)
-        elif tensor.ndim == 2 and tensor.shape == (1, len(passage.prompt_ids)):  # one value per token: the target's too
+        if name.endswith("token_type_ids"):  # the target's tokens are text
             extra[name] = nn.functional.pad(tensor, (0, passage.length - tensor.shape[1]))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, **extra}
+
+
+def further_inputs(model_inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a processor made besides ids, on the device of a model and in its precision."""
+    dtype = model.dtype
+    return {
+        name: tensor.to(model.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in model_inputs.items()
+    }
 
 
 def target_rows(passage: Passage, model: PreTrainedModel) -> Tensor:
