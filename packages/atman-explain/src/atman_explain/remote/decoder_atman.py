@@ -149,9 +149,10 @@ class DecoderPasses:
         """Input embeddings [T, D] of a passage."""
         return self._embeds[self._offsets[passage] : self._offsets[passage + 1]]
 
-    def probe(self) -> Tensor:
-        """Read-outs [M] of the first passage whose second half is computed behind the kept first half."""
-        (out,) = self._run([_Segment(0, min(self._passages[0].length // 2, self._passages[0].first_row), None)])
+    def probe(self, number: int) -> Tensor:
+        """Read-outs [M] of a passage, nothing suppressed, whose second half is run behind the kept first half."""
+        passage = self._passages[number]
+        (out,) = self._run([_Segment(number, min(passage.length // 2, passage.first_row), None)])
         return out
 
     def run(self, items: Sequence[Suppression]) -> Iterator[tuple[int, Tensor]]:

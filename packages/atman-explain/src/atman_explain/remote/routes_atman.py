@@ -52,6 +52,7 @@ class Router:
         self.model = model
         self._modules: tuple[nn.Module, ...] = ()  # not known before the first passage
         self._can_pack = find_adapter(model) is None
+        self._is_proven = False  # that packed runs are exact for this model
 
     def token_budget(self, config: AtManConfig) -> int:
         """Positions to compute in one pass."""
@@ -97,19 +98,26 @@ class Router:
 
         The first packed run of a model, and every one with images, is held against its plain run. Where they differ,
         for example because a model lets image tokens see later ones, whole rows are run in batches: slower, and exact.
+        A prompt of one token has no suffix, so that it proves nothing.
         """
         settings = RunSettings(
             mode=config.mode, heads=config.heads, readout=readout, tokens=tokens, most=config.batch_size
         )
         if config.mode != "shift_min_all" and self._can_pack:
-            observed = {n: self._observe(each, readout) for n, each in enumerate(passages) if self._is_new(each)}
+            longest = max(range(len(passages)), key=lambda n: passages[n].first_row)
+            observed = {
+                n: self._observe(each, readout)
+                for n, each in enumerate(passages)
+                if each.model_inputs or (n == longest and not self._is_proven)
+            }
             inputs = [observed[n].input if n in observed else self._text_input(p) for n, p in enumerate(passages)]
             packed = DecoderPasses(
                 self.model, passages, inputs, self._modules, chosen=self._chosen(config), settings=settings
             )
             if all(agree(packed.baseline[n], each.readouts) for n, each in observed.items()) and (
-                0 not in observed or agree(packed.probe(), observed[0].readouts)
+                longest not in observed or agree(packed.probe(longest), observed[longest].readouts)
             ):
+                self._is_proven |= passages[longest].first_row > 0
                 return packed
             self._can_pack = False
             warnings.warn(
@@ -119,9 +127,6 @@ class Router:
             )
         whole = [self._observe(each, readout) for each in passages]
         return BatchPasses(self.model, passages, whole, chosen=self._chosen(config), settings=settings)
-
-    def _is_new(self, passage: Passage) -> bool:
-        return not self._modules or bool(passage.model_inputs)
 
     def _observe(self, passage: Passage, readout: Readout) -> Observation:
         seen = observe_decoder(self.model, passage, readout)
