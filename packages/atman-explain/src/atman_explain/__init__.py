@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .remote.factors_atman import conceptual_factors as conceptual_factors
     from .remote.factors_atman import cosine_similarities as cosine_similarities
     from .remote.ops_atman_atman_attention import suppress_scores as suppress_scores
+    from .remote.steering_atman import steer as steer
 
 _NAMES = {
     "remote.configuration_atman": ("AtManConfig",),
@@ -27,6 +28,7 @@ _NAMES = {
     "remote.explanation_atman": ("Explanation",),
     "remote.factors_atman": ("conceptual_factors", "cosine_similarities"),
     "remote.ops_atman_atman_attention": ("suppress_scores",),
+    "remote.steering_atman": ("steer",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from .configuration_atman import AtManConfig, with_settings
 from .explanation_atman import Explanation
+from .hook_atman import active_interventions
 from .passages_atman import Passage, Readout, pack
 from .prompts_atman import encode_prompts, encode_targets, token_texts
 from .routes_atman import Router
@@ -63,8 +64,8 @@ class AtMan:
         Args:
             prompt: a text, a list of token ids, or what the processor returned; a list of these, a 2-D tensor or a
                 padded encoding for several prompts.
-            target: text or ids that continue the prompt; for several prompts a list. None: what the model generates
-                greedily, at most `max_new_tokens`.
+            target: text or ids that continue the prompt, or answer it for an encoder-decoder; for several prompts a
+                list. None: what the model generates greedily, at most `max_new_tokens`.
             images: the prompt's image or images; for several prompts a list of those.
             spans: units as character ranges (start, end) of the prompt.
             chunks: units as lists of token positions of the prompt.
@@ -80,13 +81,18 @@ class AtMan:
         """
         config = with_settings(self.config, settings)
         model = self._router.model
+        self._router.check_settings(config)
         prompts, is_single = encode_prompts(self.processor, prompt, images=images)
+        if any(each.answers_for(model.get_decoder()) for each in active_interventions()):
+            raise ValueError("explain cannot run inside a steer context of the same model; leave the context first.")
         with atman_implementation(model), evaluation_mode(model):
-            prompts = self._router.locate_images(prompts)
+            prompts = self._router.locate_images(prompts, config)
             if target is None:
                 targets = [self._router.generate(each, config.max_new_tokens) for each in prompts]
             else:
-                targets = encode_targets(self.processor, target, prompts, is_single)
+                targets = encode_targets(
+                    self.processor, target, prompts, is_single, check_seam=not self._router.is_encoder_decoder
+                )
             passages = [
                 Passage(prompt_ids=each.input_ids, target_ids=ids, model_inputs=each.model_inputs)
                 for each, ids in zip(prompts, targets, strict=True)

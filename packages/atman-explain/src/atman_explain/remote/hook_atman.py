@@ -75,6 +75,9 @@ class Intervention(ABC):
     needs_mask: bool = True
     """Whether the model has to say what a row may see."""
 
+    def begin(self, attention_mask: Tensor | None) -> None:  # noqa: B027 (most have nothing to prepare)
+        """Prepare for a forward pass whose keys have this mask, [B, Tk] with 0 for padding."""
+
     @abstractmethod
     def attend(self, call: AttentionCall) -> Tensor:
         """Return the attention output [B, H, Tq, Dv]."""
@@ -91,30 +94,33 @@ def only_heads(changed: Tensor, plain: Tensor, heads: Sequence[int], dim: int) -
     return out.index_copy_(dim, index, changed.index_select(dim, index))
 
 
-_ACTIVE: ContextVar[Intervention | None] = ContextVar("atman_intervention", default=None)
+_ACTIVE: ContextVar[tuple[Intervention, ...]] = ContextVar("atman_interventions", default=())
 
 
 @contextlib.contextmanager
 def active(intervention: Intervention) -> Iterator[None]:
-    """Let an intervention act on the models that this thread runs in this context."""
-    token = _ACTIVE.set(intervention)
+    """Let an intervention act on the models that this thread runs in this context; inner ones go first."""
+    token = _ACTIVE.set((intervention, *_ACTIVE.get()))
     try:
         yield
     finally:
         _ACTIVE.reset(token)
 
 
-def active_intervention() -> Intervention | None:
-    """The intervention of this context."""
+def active_interventions() -> tuple[Intervention, ...]:
+    """The interventions of this context, the innermost first."""
     return _ACTIVE.get()
+
+
+def intervention_for(module: nn.Module) -> Intervention | None:
+    """The innermost intervention that answers for a module."""
+    return next((each for each in _ACTIVE.get() if each.answers_for(module)), None)
 
 
 def dispatch(call: AttentionCall) -> Tensor:
     """Attention [B, H, Tq, Dv] as the intervention of this context wants it; plain, if there is none."""
-    intervention = _ACTIVE.get()
-    if intervention is not None and intervention.answers_for(call.module):
-        return intervention.attend(call)
-    return call.attend()
+    intervention = intervention_for(call.module)
+    return call.attend() if intervention is None else intervention.attend(call)
 
 
 def atman_attention_forward(
@@ -140,9 +146,7 @@ def atman_attention_forward(
     Raises:
         ValueError: attention dropout is on while an intervention acts.
     """
-    intervention = _ACTIVE.get()
-    acts = intervention is not None and intervention.answers_for(module)
-    if not acts and softcap is None and s_aux is None:
+    if softcap is None and s_aux is None and intervention_for(module) is None:
         return sdpa_attention_forward(
             module,
             query,
@@ -197,10 +201,11 @@ def atman_mask(*args: Any, kv_offset: Any = 0, allow_is_causal_skip: bool = True
     Under an intervention it always builds a mask, because a sliding cache may have dropped keys; or never, if the
     intervention knows what a row sees.
     """
-    intervention = _ACTIVE.get()
-    if intervention is None:
+    interventions = _ACTIVE.get()
+    if not interventions:
         return sdpa_mask(*args, kv_offset=kv_offset, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
-    if not intervention.needs_mask:
+    interventions[0].begin(kwargs.get("attention_mask"))
+    if not interventions[0].needs_mask:
         return None
     mask = sdpa_mask(*args, kv_offset=kv_offset, allow_is_causal_skip=False, **kwargs)
     if mask is not None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -13,9 +14,19 @@ from .batches_atman import BatchPasses
 from .configuration_atman import AtManConfig
 from .decoder_atman import DecoderInput, DecoderPasses
 from .images_atman import locate_images
-from .observing_atman import Observation, observe_decoder
+from .observing_atman import Observation, further_inputs, observe_decoder
 from .passages_atman import Passage, Readout, RunSettings, Suppression
 from .prompts_atman import EncodedPrompt
+from .seq2seq_atman import (
+    Seq2SeqModules,
+    Seq2SeqPasses,
+    check_lengths,
+    check_settings,
+    generate_target,
+    observe_modules,
+)
+from .switching_atman import evaluation_mode
+from .vision_atman import VisionPasses, check_vision_settings, locate_patches
 
 _TOKENS = {"cpu": 1024}  # positions in one pass: beyond this, activations leave a CPU's cache
 _TOKENS_ON_GPU = 16384
@@ -53,10 +64,31 @@ class Router:
         self._modules: tuple[nn.Module, ...] = ()  # not known before the first passage
         self._can_pack = find_adapter(model) is None
         self._is_proven = False  # that packed runs are exact for this model
+        self._source_modules: Seq2SeqModules | None = None
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model reads the prompt in one place and writes the target in another."""
+        return bool(self.model.config.is_encoder_decoder)
 
     def token_budget(self, config: AtManConfig) -> int:
         """Positions to compute in one pass."""
         return config.max_tokens_per_batch or _TOKENS.get(self.model.device.type, _TOKENS_ON_GPU)
+
+    def check_settings(self, config: AtManConfig) -> None:
+        """Refuse settings that mean nothing for this model.
+
+        Raises:
+            ValueError: a site is one that the model does not have, or target tokens cannot be units.
+        """
+        if self.is_encoder_decoder:
+            check_settings(self.model, config)
+        elif missing := [site for site in config.sites or () if site in ("encoder", "cross")]:
+            raise ValueError(
+                f"sites must not have {missing[0]!r} for {type(self.model).__name__}, which is no encoder-decoder."
+            )
+        elif "vision" in (config.sites or ()):
+            check_vision_settings(config)
 
     def check_length(self, passage: Passage) -> None:
         """Refuse what does not fit into the model.
@@ -64,6 +96,9 @@ class Router:
         Raises:
             ValueError: prompt and target are longer than the model's positions.
         """
+        if self.is_encoder_decoder:
+            check_lengths(self.model, passage)
+            return
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and passage.length > limit:
             raise ValueError(
@@ -72,14 +107,17 @@ class Router:
                 "one of them."
             )
 
-    def locate_images(self, prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
-        """Say where in their prompts the images are."""
-        return [locate_images(self.model, prompt) for prompt in prompts]
+    def locate_images(self, prompts: Sequence[EncodedPrompt], config: AtManConfig) -> list[EncodedPrompt]:
+        """Say where the images are: in their prompts, or in the vision tower if attention is changed there."""
+        locate = locate_patches if config.sites == ("vision",) else locate_images
+        return [locate(self.model, prompt) for prompt in prompts]
 
     def generate(self, prompt: EncodedPrompt, max_new_tokens: int) -> tuple[int, ...]:
         """Continue a prompt greedily; without the end-of-sequence token, unless it is all there is."""
+        if self.is_encoder_decoder:
+            return generate_target(self.model, prompt, max_new_tokens)
         ids = torch.tensor([prompt.input_ids], device=self.model.device)
-        extra = {name: tensor.to(self.model.device) for name, tensor in prompt.model_inputs.items()}
+        extra = further_inputs(prompt.model_inputs, self.model)
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -103,6 +141,12 @@ class Router:
         settings = RunSettings(
             mode=config.mode, heads=config.heads, readout=readout, tokens=tokens, most=config.batch_size
         )
+        if self.is_encoder_decoder:
+            if self._source_modules is None:
+                self._source_modules = observe_modules(self.model, passages[0])
+            return Seq2SeqPasses(self.model, passages, self._source_modules, config, settings)
+        if config.sites == ("vision",):
+            return VisionPasses(self.model, passages, config, settings)
         if config.mode != "shift_min_all" and self._can_pack:
             longest = max(range(len(passages)), key=lambda n: passages[n].first_row)
             observed = {
@@ -110,15 +154,21 @@ class Router:
                 for n, each in enumerate(passages)
                 if each.model_inputs or (n == longest and not self._is_proven)
             }
-            inputs = [observed[n].input if n in observed else self._text_input(p) for n, p in enumerate(passages)]
-            packed = DecoderPasses(
-                self.model, passages, inputs, self._modules, chosen=self._chosen(config), settings=settings
-            )
-            if all(agree(packed.baseline[n], each.readouts) for n, each in observed.items()) and (
-                longest not in observed or agree(packed.probe(longest), observed[longest].readouts)
-            ):
-                self._is_proven |= passages[longest].first_row > 0
-                return packed
+            if all(each.is_causal for each in observed.values()):
+                inputs = [observed[n].input if n in observed else self._text_input(p) for n, p in enumerate(passages)]
+                packed = DecoderPasses(
+                    self.model,
+                    passages,
+                    with_equal_axes(inputs),
+                    self._modules,
+                    chosen=self._chosen(config),
+                    settings=settings,
+                )
+                if all(agree(packed.baseline[n], each.readouts) for n, each in observed.items()) and (
+                    longest not in observed or agree(packed.probe(longest), observed[longest].readouts)
+                ):
+                    self._is_proven |= passages[longest].first_row > 0
+                    return packed
             self._can_pack = False
             warnings.warn(
                 f"{type(self.model).__name__} gives other results when the rows after a position are run alone, so "
@@ -127,6 +177,14 @@ class Router:
             )
         whole = [self._observe(each, readout) for each in passages]
         return BatchPasses(self.model, passages, whole, chosen=self._chosen(config), settings=settings)
+
+    def steered_modules(self, config: AtManConfig, prompt_ids: tuple[int, ...]) -> frozenset[int]:
+        """`id` of modules that hold the attention to change while a model generates; a run finds single layers."""
+        if config.layers is None:
+            return frozenset(id(module) for module in self.model.get_decoder().modules())
+        with evaluation_mode(self.model):
+            self._observe(Passage(prompt_ids=prompt_ids, target_ids=prompt_ids[:1]), Readout())
+        return frozenset(id(module) for module in self._chosen(config))
 
     def _observe(self, passage: Passage, readout: Readout) -> Observation:
         seen = observe_decoder(self.model, passage, readout)
@@ -146,6 +204,13 @@ class Router:
             if not -len(self._modules) <= layer < len(self._modules):
                 raise ValueError(f"layers must lie in [0, {len(self._modules)}), got {layer}.")
         return [self._modules[layer] for layer in config.layers]
+
+
+def with_equal_axes(inputs: Sequence[DecoderInput]) -> list[DecoderInput]:
+    """Give the positions of texts as many axes as those of passages with images have."""
+    shapes = {each.position_ids.shape[:-1]: each.position_ids.ndim for each in inputs}
+    widest = max(shapes, key=lambda shape: shapes[shape])
+    return [replace(each, position_ids=each.position_ids.expand(*widest, -1)) for each in inputs]
 
 
 def agree(one: Tensor, other: Tensor) -> bool:

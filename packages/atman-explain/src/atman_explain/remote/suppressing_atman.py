@@ -13,8 +13,8 @@ class SuppressedColumns(Intervention):
 
     Args:
         modules: `id` of the attention modules that are changed; None: all.
-        factors: [R, C], for R rows of a batch. Columns after C have factor 1. A batch of k R rows repeats every row
-            k times, as beam search and `num_return_sequences` do.
+        factors: [R, C], for R rows of a batch. Column 0 is a row's first token that is no padding; columns after C
+            have factor 1. A batch of k R rows repeats every row k times, as beam search and `num_return_sequences` do.
         mode: how scores are changed.
         heads: query heads that are changed; None: all.
     """
@@ -27,8 +27,15 @@ class SuppressedColumns(Intervention):
         self.mode = mode
         self.heads = heads
         self.num_calls = 0
+        self._padding: Tensor | None = None  # [B], columns before the first token of every row
+
+    def begin(self, attention_mask: Tensor | None) -> None:
+        """See how many columns of padding precede every row's first token."""
+        padding = None if attention_mask is None else attention_mask.ne(0).to(torch.uint8).argmax(-1)
+        self._padding = padding if padding is not None and padding.any() else None
 
     def attend(self, call: AttentionCall) -> Tensor:
+        """Attention with suppressed columns, [B, H, Tq, Dv]."""
         self.num_calls += 1
         out = call.attend(self._of_keys(call), self.mode)
         return out if self.heads is None else only_heads(out, call.attend(), self.heads, dim=1)
@@ -41,8 +48,17 @@ class SuppressedColumns(Intervention):
                 f"The model runs a batch of {rows} rows, but factors were given for {self.factors.shape[0]}; give one "
                 "row of factors per prompt."
             )
-        if self.factors.device != call.key.device:
-            self.factors = self.factors.to(call.key.device)
-        known = self.factors[:, call.first_column : call.first_column + keys]
-        padded = torch.nn.functional.pad(known, (0, keys - known.shape[1]), value=1.0)
-        return padded.repeat_interleave(rows // padded.shape[0], dim=0)
+        wide = torch.float64 if call.key.dtype == torch.float64 else torch.float32
+        self.factors = self.factors.to(call.key.device, wide)
+        factors = self.factors.repeat_interleave(rows // self.factors.shape[0], dim=0)
+        if self._padding is not None and len(self._padding) == rows:
+            return self._after_padding(factors, call.first_column, keys)
+        known = factors[:, call.first_column : call.first_column + keys]
+        return torch.nn.functional.pad(known, (0, keys - known.shape[1]), value=1.0)
+
+    def _after_padding(self, factors: Tensor, first_column: int, keys: int) -> Tensor:
+        assert self._padding is not None
+        columns = torch.arange(first_column, first_column + keys, device=factors.device)
+        columns = columns - self._padding.to(factors.device)[:, None]  # [B, Tk]
+        is_known = (columns >= 0) & (columns < factors.shape[1])
+        return factors.gather(1, columns.clamp(0, factors.shape[1] - 1)).where(is_known, 1.0)

@@ -1,6 +1,7 @@
 """Switching a model to AtMan's attention and back, whatever happens in between."""
 
 import contextlib
+import inspect
 import threading
 import weakref
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .adapters_atman import find_adapter
 from .errors_atman import UnsupportedModelError
-from .hook_atman import IMPLEMENTATION
+from .hook_atman import IMPLEMENTATION, active_interventions
 
 
 class _Switch:
@@ -89,7 +90,7 @@ def _enter(model: PreTrainedModel, undo: contextlib.ExitStack) -> None:
     else:
         undo.callback(_restore, _implementations(model))
         model.set_attn_implementation(IMPLEMENTATION)
-    undo.callback(model.register_forward_pre_hook(_refuse_weights, with_kwargs=True).remove)
+    undo.callback(model.register_forward_pre_hook(_before_forward, with_kwargs=True).remove)
 
 
 def _implementations(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:
@@ -111,12 +112,18 @@ def _restore(implementations: list[tuple[PreTrainedConfig, str | None]]) -> None
         config._attn_implementation_internal = implementation
 
 
-def _refuse_weights(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("output_attentions"):
+def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    given |= given.get("kwargs", {})
+    if given.get("output_attentions"):
         raise ValueError(
             "output_attentions=True is not available while AtMan acts on the model, because no attention weights are "
             'formed; ask for them outside, with model.set_attn_implementation("eager").'
         )
+    mask = given.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:  # adapters' models do not build masks by our function
+        for intervention in active_interventions():
+            intervention.begin(mask)
 
 
 @contextlib.contextmanager
@@ -125,7 +132,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         for module, mode in modes:
