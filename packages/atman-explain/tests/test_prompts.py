@@ -255,10 +255,8 @@ def test_a_seam_is_reported_once_with_the_remedy(fresh_seam):
 def test_a_seam_that_no_spelling_mends_gives_the_ids_of_the_joined_text(fresh_seam):
     tokenizer = sentence_piece()
     prompts, is_single = encode_prompts(tokenizer, "Oslo\n")
-    letters = tokenizer.convert_tokens_to_ids(list("Nor"))
-    with pytest.warns(
-        UserWarning, match=rf"pass target=\[{', '.join(map(str, letters))}\] to explain the ids of the join"
-    ):
+    first, second = tokenizer.convert_tokens_to_ids(["No", "r"])
+    with pytest.warns(UserWarning, match=rf"pass target=\[{first}, {second}\] to explain the ids of the joined text"):
         encode_targets(tokenizer, "Nor", prompts, is_single)
 
 

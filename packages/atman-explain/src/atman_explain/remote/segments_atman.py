@@ -7,7 +7,8 @@ from itertools import pairwise
 # Both alternatives take whatever they begin with, so that no character is looked at twice.
 _BREAK = re.compile(r"(?P<marks>[.!?…。！？｡]+)(?P<closers>[\"'”’»›)\]}」』】）]*)(?P<space>\s*)|(?P<blank>\s+)")
 _ABBREVIATIONS = frozenset({"approx", "bzw", "ca", "cf", "dr", "fig", "mr", "mrs", "ms", "nr", "prof", "st", "vs"})
-_WORD_BEFORE = re.compile(r"\S{0,16}\Z")
+_LONGEST_WORD = 16
+"""How far back a mark looks for an abbreviation."""
 
 
 def text_spans(text: str, granularity: str) -> list[tuple[int, int]]:
@@ -64,7 +65,8 @@ def _ends_sentence(text: str, found: re.Match[str], start: int) -> bool:
 
 
 def _is_abbreviation(text: str, dot: int, start: int) -> bool:
-    match = _WORD_BEFORE.search(text, max(start, dot - 16), dot)
-    word = (match[0] if match else "").lstrip("([{\"'“‘«")
-    is_list_number = word.isdigit() and not text[start : dot - len(word)].strip()
-    return (len(word) == 1 and word.isalpha()) or "." in word or word.lower() in _ABBREVIATIONS or is_list_number
+    before = text[max(start, dot - _LONGEST_WORD) : dot]
+    word = "" if not before or before[-1].isspace() else before.split()[-1].lstrip("([{\"'“‘«")
+    if word.isdigit():
+        return not text[start : dot - len(word)].strip()  # the number of an item of a list
+    return (len(word) == 1 and word.isalpha()) or "." in word or word.lower() in _ABBREVIATIONS

@@ -1,5 +1,6 @@
 """Units, the groups of columns whose attention is suppressed together: tokens, words, sentences, spans, image tiles."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -194,12 +195,14 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
-def _columns(values: Iterable[int], count: int, name: str) -> set[int]:
-    columns = list(values)
-    for column in columns:
-        if isinstance(column, bool) or not -count <= column < count:
-            raise ValueError(f"{name} must hold columns in [-{count}, {count - 1}], got {column}.")
-    return {column % count for column in columns}
+def _columns(values: Iterable[Any], count: int, name: str) -> set[int]:
+    columns = set()
+    for value in values:
+        column = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else count
+        if not -count <= column < count:
+            raise ValueError(f"{name} must hold columns in [-{count}, {count - 1}], got {value!r}.")
+        columns.add(column % count)
+    return columns
 
 
 def _without(unit: Unit, omitted: set[int]) -> Unit | None:
