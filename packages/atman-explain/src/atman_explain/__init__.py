@@ -7,9 +7,11 @@ Importing this package is cheap: every name below is loaded on first use. transf
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import auto_registration
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .registration import register as register
     from .remote.configuration_atman import AtManConfig as AtManConfig
     from .remote.errors_atman import ExplanationInterrupted as ExplanationInterrupted
     from .remote.errors_atman import UnsupportedModelError as UnsupportedModelError
@@ -22,12 +24,14 @@ if TYPE_CHECKING:
     from .remote.steering_atman import steer as steer
 
 _NAMES = {
+    "registration": ("register",),
     "remote.configuration_atman": ("AtManConfig",),
     "remote.errors_atman": ("ExplanationInterrupted", "UnsupportedModelError"),
     "remote.explain_atman": ("AtMan", "explain"),
     "remote.explanation_atman": ("Explanation",),
     "remote.factors_atman": ("conceptual_factors", "cosine_similarities"),
     "remote.ops_atman_atman_attention": ("suppress_scores",),
+    "remote.pipeline_atman": ("ExplainPipeline",),
     "remote.steering_atman": ("steer",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
@@ -46,3 +50,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+auto_registration.install()

@@ -1,0 +1,85 @@
+"""Registers with transformers once the parts of it that matter are in use, without importing them.
+
+Importing transformers here would cost seconds; waiting for a call of `register()` would make `pipeline("explain")` an
+unknown task although this package is there. So an import hook watches modules being loaded, and leaves when done.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+PACKAGE = __name__.rpartition(".")[0]
+ACTIONS = {
+    "transformers.modeling_utils": "register_attention",
+    "transformers.pipelines": "register_pipeline",
+}
+"""What `registration` has to do once a module is loaded."""
+
+
+class _Watcher(MetaPathFinder):
+    """Acts when the outermost import in progress from transformers is done: before, modules may be half loaded."""
+
+    def __init__(self) -> None:
+        self._open = dict(ACTIONS)
+        self._depth = 0
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] != "transformers":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            self._wrap(spec)
+        return spec
+
+    def _wrap(self, spec: ModuleSpec) -> None:
+        load = spec.loader.exec_module  # type: ignore[union-attr]
+
+        def load_and_act(module: ModuleType) -> None:
+            self._depth += 1
+            try:
+                load(module)
+            finally:
+                self._depth -= 1
+            self.act()
+
+        spec.loader.exec_module = load_and_act  # type: ignore[union-attr, method-assign]
+
+    def act(self) -> None:
+        """Do what is due."""
+        if self._depth or _is_half_loaded():
+            return
+        for name in [name for name in self._open if name in sys.modules]:
+            action = self._open.pop(name, None)
+            if action is not None:  # else the import below was here before
+                _register(action)
+        if not self._open and self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+
+def _register(action: str) -> None:
+    try:
+        getattr(import_module(f"{PACKAGE}.registration"), action)()
+    except ImportError as error:  # an unsuitable torch or transformers must not break the import in progress
+        warnings.warn(
+            f"{PACKAGE} cannot register with transformers: {error}. {PACKAGE}.register() shows where.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _is_half_loaded() -> bool:
+    names = [name for name in sys.modules if name.startswith(f"{PACKAGE}.") or name in ACTIONS]
+    return any(getattr(getattr(sys.modules[name], "__spec__", None), "_initializing", False) for name in names)
+
+
+def install() -> None:
+    """Start watching; act now if transformers is in use already."""
+    watcher = _Watcher()
+    sys.meta_path.insert(0, watcher)
+    watcher.act()
