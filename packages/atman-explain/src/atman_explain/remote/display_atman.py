@@ -76,6 +76,16 @@ def _pieces_of_tokens(explanation: Explanation, order: list[int]) -> Iterator[tu
     yield from ((explanation.units[u].text, u) for u in order if u not in shown)
 
 
+def mapped_images(explanation: Explanation) -> list[int]:
+    """Indices of the images of which there is a map."""
+    return sorted({unit.image for unit in explanation.units if unit.box is not None and unit.image is not None})
+
+
+def is_signed(explanation: Explanation) -> bool:
+    """Whether scores below zero mean anything; post-processing takes the signs away."""
+    return explanation.config.get("postprocess", "none") == "none" and not explanation.config.get("normalize")
+
+
 def visible(text: str, newline: str = "↵", dots: bool = True) -> str:
     """Replace characters that would move the cursor, hide, or turn text around.
 

@@ -89,7 +89,7 @@ class Explanation:
     def score_unit(self) -> str:
         """The unit that scores are in: "nats" unless post-processing changed it."""
         if self.config.get("normalize"):
-            return "0 to 1"
+            return "normalized"
         unit = "logits" if self.config.get("delta") == "logit" else "nats"
         return {"absolute": f"|{unit}|", "square": f"{unit}²"}.get(self.config.get("postprocess", "none"), unit)
 

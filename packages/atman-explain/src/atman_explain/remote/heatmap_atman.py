@@ -6,7 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from .display_atman import blend, greatest, hexadecimal, probability, prompt_pieces, target_text, text_color
+from .display_atman import (
+    blend,
+    greatest,
+    hexadecimal,
+    is_signed,
+    mapped_images,
+    probability,
+    prompt_pieces,
+    target_text,
+    text_color,
+)
 from .explanation_atman import Explanation
 from .flow_atman import set_lines
 from .plotting_atman import GREY, INK, drawing, fonts, new_figure, strength_colors
@@ -42,7 +52,7 @@ def plot_tokens(explanation: Explanation, target: int | None = None) -> Any:
     for panel in panels:
         panel.draw(page, y)
         y += panel.height
-    _draw_scale(page, y + 8.0, scale, explanation.score_unit)
+    _draw_scale(page, y + 8.0, scale, explanation)
     if target is None and len(explanation.targets) > MAX_PANELS:
         _write(page, _MARGIN, y + 12.0, f"… {len(explanation.targets) - MAX_PANELS} more targets", size=10.0)
     return figure
@@ -58,8 +68,7 @@ class _Panel:
         lines = set_lines((piece.text for piece in pieces), _WIDTH - 2 * _MARGIN, _text_width)
         self.omitted = max(0, len(lines) - MAX_LINES)
         self.lines = lines[:MAX_LINES] if pieces else []
-        images = sorted({unit.image for unit in explanation.units if unit.box and unit.image is not None})
-        self.maps = [explanation.image_map(i, target) / scale for i in images]
+        self.maps = [explanation.image_map(i, target) / scale for i in mapped_images(explanation)]
         rows = len(self.lines) + bool(self.omitted)
         self.height = _HEADING + rows * _LINE + (_MAP + _GAP) * bool(self.maps) + _GAP
 
@@ -105,9 +114,11 @@ def _draw_box(page: Any, x: float, y: float, width: float, text: str, strength: 
             edgecolor="#c8c8c8",
             hatch=None if is_known else "////",
             linewidth=0.0,
+            zorder=1.0 + min(abs(strength), 1.0) if is_known else 1.0,  # strong ones over their neighbours
         )
         page.add_patch(frame)
-    page.add_patch(_outlines(text, x, y + 0.7 * _LINE, facecolor=color))
+    if text.strip():
+        page.add_patch(_outlines(text, x, y + 0.7 * _LINE, facecolor=color))
 
 
 def _outlines(text: str, x: float, y: float, **style: Any) -> Any:
@@ -117,7 +128,7 @@ def _outlines(text: str, x: float, y: float, **style: Any) -> Any:
     vertices, codes = draw.text_to_path.get_text_path(font, text, ismath=False)
     scale = _SIZE / draw.text_to_path.FONT_SCALE
     points = [(x + scale * across, y - scale * up) for across, up in vertices]
-    return draw.PathPatch(draw.Path(points, codes), linewidth=0.0, zorder=2, **style)
+    return draw.PathPatch(draw.Path(points, codes), linewidth=0.0, zorder=3, **style)
 
 
 def _draw_map(page: Any, values: Tensor, x: float, y: float, width: float) -> None:
@@ -126,16 +137,15 @@ def _draw_map(page: Any, values: Tensor, x: float, y: float, width: float) -> No
     page.add_patch(drawing().Rectangle((x, y), width, _MAP, fill=False, edgecolor="#b0b0b0", linewidth=0.8, zorder=3))
 
 
-def _draw_scale(page: Any, y: float, scale: float, unit: str) -> None:
+def _draw_scale(page: Any, y: float, scale: float, explanation: Explanation) -> None:
     right, width, height = _WIDTH - _MARGIN - 78.0, 150.0, 8.0
-    colors = strength_colors([[step / 100 for step in range(-100, 101)]])
+    signed = is_signed(explanation)
+    colors = strength_colors([[step / 100 for step in range(-100 if signed else 0, 101)]])
     page.imshow(colors, extent=(right - width, right, y + height, y), aspect="auto", interpolation="nearest", zorder=2)
-    for x, text, align in (
-        (right - width - 6.0, f"opposes −{scale:.3g}", "right"),
-        (right + 6.0, f"+{scale:.3g} supports", "left"),
-    ):
-        _write(page, x, y + height / 2, text, size=10.0, ha=align)
-    _write(page, right - width / 2, y + height + 8.0, unit, size=10.0, ha="center")
+    low, high = (f"opposes −{scale:.3g}", f"+{scale:.3g} supports") if signed else ("0", f"{scale:.3g}")
+    _write(page, right - width - 6.0, y + height / 2, low, size=10.0, ha="right")
+    _write(page, right + 6.0, y + height / 2, high, size=10.0, ha="left")
+    _write(page, right - width / 2, y + height + 8.0, explanation.score_unit, size=10.0, ha="center")
 
 
 def _write(page: Any, x: float, y: float, text: str, *, size: float, color: str = GREY, **style: Any) -> None:

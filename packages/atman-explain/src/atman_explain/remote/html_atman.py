@@ -11,7 +11,18 @@ from html import escape
 
 from torch import Tensor
 
-from .display_atman import OPPOSES, SUPPORTS, greatest, probability, prompt_pieces, shorten, target_text, visible
+from .display_atman import (
+    OPPOSES,
+    SUPPORTS,
+    greatest,
+    is_signed,
+    mapped_images,
+    probability,
+    prompt_pieces,
+    shorten,
+    target_text,
+    visible,
+)
 from .explanation_atman import Explanation
 
 MAX_ROWS = 8
@@ -42,13 +53,16 @@ def render_html(explanation: Explanation) -> str:
 
 
 def _legend(explanation: Explanation, scale: float) -> str:
-    colors = ",".join(_rgba(step / 4) for step in range(-4, 5))
+    signed = is_signed(explanation)
+    colors = ",".join(_rgba(step / 4) for step in range(-4 if signed else 0, 5))
     bar = f"display:inline-block;width:9em;height:.8em;border-radius:3px;background:linear-gradient(90deg,{colors})"
     unit = escape(explanation.score_unit)
+    low, high = (
+        (f"opposes −{scale:.3g}", f"+{scale:.3g} supports ({unit})") if signed else ("0", f"{scale:.3g} ({unit})")
+    )
     return (
         '<div style="display:flex;gap:.6em;align-items:baseline;font-size:12px;margin-bottom:.3em">'
-        f'<span style="{_FAINT}">opposes −{scale:.3g}</span><span style="{bar}"></span>'
-        f'<span style="{_FAINT}">+{scale:.3g} supports ({unit})</span></div>'
+        f'<span style="{_FAINT}">{low}</span><span style="{bar}"></span><span style="{_FAINT}">{high}</span></div>'
     )
 
 
@@ -58,7 +72,7 @@ def _row(explanation: Explanation, target: int | None, scores: list[float], scal
         f'<span style="{_FAINT};font-size:12px">{name} </span><b>{escape(target_text(explanation, target))}</b>'
         f'<span style="{_FAINT};font-size:12px"> {probability(explanation, target)}</span>'
     )
-    maps = "".join(_map(explanation, i, target, scale) for i in range(len(explanation.grids)))
+    maps = "".join(_map(explanation, i, target, scale) for i in mapped_images(explanation))
     return (
         '<div style="border-left:3px solid rgba(128,128,128,.4);padding-left:.8em;margin:.5em 0">'
         f'<div style="line-height:1.5">{heading}</div><div dir="auto" style="white-space:pre-wrap;'
@@ -103,8 +117,6 @@ def _rgba(strength: float) -> str:
 
 
 def _map(explanation: Explanation, i: int, target: int | None, scale: float) -> str:
-    if not any(unit.image == i and unit.box is not None for unit in explanation.units):
-        return ""
     values = explanation.image_map(i, target)
     rows, columns = values.shape
     width = round(min(280.0, 280.0 * columns / rows))
@@ -112,7 +124,7 @@ def _map(explanation: Explanation, i: int, target: int | None, scale: float) -> 
     label = f"image {i}: relevance of {rows} x {columns} patches"
     return (
         f'<img alt="{label}" title="{label}" src="data:image/png;base64,{picture}" style="width:{width}px;'
-        "aspect-ratio:" + f"{columns}/{rows};image-rendering:pixelated;border:1px solid rgba(128,128,128,.5);"
+        f"aspect-ratio:{columns}/{rows};image-rendering:pixelated;border:1px solid rgba(128,128,128,.5);"
         'border-radius:3px;margin:.4em .6em .2em 0;vertical-align:top">'
     )
 
@@ -136,14 +148,13 @@ def _pixel(strength: float) -> bytes:
 def _table(explanation: Explanation) -> str:
     scores = explanation.scores[:MAX_TABLE_TARGETS, :MAX_TABLE_UNITS].tolist()
     scale = greatest(score for row in scores for score in row)
-    sticky = "position:sticky;left:0;background:inherit"
     heads = "".join(
         f'<th style="{_CELL};font-weight:600">{escape(target_text(explanation, t))}<br>'
         f'<span style="{_FAINT};font-weight:400">{probability(explanation, t)}</span></th>'
         for t in range(len(scores))
     )
     lines = "".join(
-        f'<tr><th style="{_CELL};{sticky};text-align:left;font-weight:400">'
+        f'<tr><th style="{_CELL};text-align:left;font-weight:400">'
         f"{escape(shorten(visible(explanation.units[u].text), 40))}</th>"
         + "".join(_cell(explanation, u, row[u], scale) for row in scores)
         + "</tr>"

@@ -6,6 +6,7 @@ import os
 from .display_atman import (
     display_width,
     greatest,
+    is_signed,
     probability,
     prompt_pieces,
     shorten,
@@ -79,12 +80,13 @@ def render_ansi(explanation: Explanation, target: int | None) -> str:
     scores = explanation.relevance(target).tolist()
     scale = greatest(scores)
     heading = f"target {target_text(explanation, target)}, {probability(explanation, target)}; "
-    ends = [_colored(f" {sign}{scale:.3g} ", strength) for sign, strength in (("-", -1.0), ("+", 1.0))]
+    low, high = _colored(f" -{scale:.3g} ", -1.0), _colored(f" +{scale:.3g} ", 1.0)
+    legend = f"{low} opposes, {high} supports" if is_signed(explanation) else f"0 to {high}"
     text = "".join(
         piece.text if piece.unit is None else _piece(piece.text, scores[piece.unit] / scale)
         for piece in prompt_pieces(explanation)
     )
-    return f"{heading}{ends[0]} opposes, {ends[1]} supports ({explanation.score_unit})\n{text}{_RESET}"
+    return f"{heading}{legend} ({explanation.score_unit})\n{text}"
 
 
 def _piece(text: str, strength: float) -> str:
