@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from .prompts_atman import EncodedPrompt, image_token_ids
-from .segments_atman import text_spans as text_spans
 from .textgroups_atman import Delimiters, delimiter_groups, known_spans, segment_groups, visible_span, word_groups
 from .textgroups_atman import delimiter_chunks as delimiter_chunks
 
