@@ -1,6 +1,6 @@
 """Tiny vision-language models with random weights, and processors for them, made here and now."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,12 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.masking_utils import sdpa_mask
+
+from tests.support.atman import manipulate
 
 WORDS = ("what", "is", "it", "?", "a", "panda", "cat", "in", "this", "picture", "and", ":", "the")
 MARKS = {
@@ -75,10 +78,7 @@ def picture(width: int = 16, height: int = 16, seed: int = 0) -> Image.Image:
 
 def tokenizer(**roles: str) -> PreTrainedTokenizerFast:
     """Words at spaces; a start token before every text."""
-    from tokenizers import processors
-
     raw = Tokenizer(models.WordLevel({token: index for index, token in enumerate(_VOCABULARY)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_next")
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
@@ -110,9 +110,7 @@ def llava(dtype: torch.dtype = torch.float64, *, strategy: str = "default", **_:
         vision_feature_select_strategy=strategy,
         image_seq_length=16,
     )
-    pixels = transformers.CLIPImageProcessorPil(
-        size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}
-    )
+    pixels = transformers.CLIPImageProcessorPil(size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16})
     processor = transformers.LlavaProcessor(
         pixels,
         tokenizer(),
@@ -233,3 +231,125 @@ def pixtral(dtype: torch.dtype = torch.float64, **_: Any) -> Vlm:
         vision_feature_select_strategy="full",
     )
     return Vlm(_finished(transformers.LlavaForConditionalGeneration(config), dtype), None)
+
+
+class _Reference:
+    """One slow pass of a model, with attention written out and some keys suppressed."""
+
+    def __init__(self, model: PreTrainedModel, decoder: Tensor | None, tower: Tensor | None, mode: str) -> None:
+        self.inside = {id(module) for module in model.get_decoder().modules()}
+        self.decoder = decoder
+        """Factors [T] of the decoder's keys."""
+        self.tower = tower
+        """Factors [C] of the tower's keys, in the order in which a layer gets them."""
+        self.mode = mode
+        self.dealt: dict[int, int] = {}
+
+    def factors(self, module: torch.nn.Module, key: Tensor) -> Tensor | None:
+        """Factors [B, 1, 1, Tk] of a call's keys."""
+        if id(module) in self.inside:
+            return self.decoder
+        if self.tower is None:
+            return None
+        start, count = self.dealt.get(id(module), 0), key.shape[0] * key.shape[2]
+        self.dealt[id(module)] = start + count
+        return self.tower[start : start + count].view(key.shape[0], 1, 1, key.shape[2])
+
+
+_running: _Reference | None = None
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    assert _running is not None
+    groups = query.shape[1] // key.shape[1]
+    k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    visible = torch.ones_like(scores, dtype=torch.bool) if attention_mask is None else attention_mask.expand_as(scores)
+    factors = _running.factors(module, key)
+    if factors is not None:
+        scores = manipulate(scores, factors, _running.mode, visible)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return (weights @ v).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("vlm_reference", _attention)
+AttentionMaskInterface.register(
+    "vlm_reference",
+    lambda *args, **kwargs: sdpa_mask(
+        *args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    ),
+)
+
+
+def _row(inputs: Mapping[str, Tensor], target_ids: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A processor's output for one prompt, with the target behind it."""
+    row = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    target = torch.tensor([list(target_ids[:-1])], dtype=torch.long)
+    fill = {"input_ids": target, "attention_mask": torch.ones_like(target)}
+    for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in row:
+            row[name] = torch.cat([row[name], fill.get(name, torch.zeros_like(target)).to(row[name].dtype)], 1)
+    return row
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    target_ids: Sequence[int],
+    *,
+    decoder: Tensor | None = None,
+    tower: Tensor | None = None,
+    mode: str = "shift_min",
+) -> Tensor:
+    """Log-probabilities [M] of a target behind a processor's output, some keys of decoder or tower suppressed."""
+    global _running
+    _running = _Reference(model, decoder, tower, mode)
+    before = {name: module.config._attn_implementation for name, module in _parts(model)}
+    model.set_attn_implementation("vlm_reference")
+    try:
+        logits = model(**_row(inputs, target_ids, model.dtype), use_cache=False).logits[0]
+    finally:
+        for name, module in _parts(model):
+            module.config._attn_implementation_internal = before[name]
+        _running = None
+    rows = logits[-len(target_ids) :].log_softmax(-1)
+    return rows.gather(1, torch.tensor(target_ids)[:, None])[:, 0]
+
+
+def _parts(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+
+
+@torch.no_grad()
+def decoder_embeds(model: PreTrainedModel, inputs: Mapping[str, Tensor], target_ids: Sequence[int]) -> Tensor:
+    """What enters the decoder [T, D], images among it."""
+    seen: list[Tensor] = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    model(**_row(inputs, target_ids, model.dtype), use_cache=False)
+    handle.remove()
+    return seen[0][0]
+
+
+@torch.no_grad()
+def tower_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: int = 0) -> Tensor:
+    """What enters the attention of one layer of the tower, [C, D]."""
+    inside = {id(module) for module in model.get_decoder().modules()}
+    modules = [m for m in model.modules() if hasattr(m, "is_causal") and id(m) not in inside]
+    seen: list[Tensor] = []
+    handle = modules[layer].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    model(**_row(inputs, [0], model.dtype), use_cache=False)
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1])

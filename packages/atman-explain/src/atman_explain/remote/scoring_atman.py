@@ -103,8 +103,11 @@ def split_prompt(
     granularity: str | None = None,
 ) -> list[Unit]:
     """Cut a prompt as the settings say; `granularity` goes before theirs, whose "auto" gives the coarse units."""
+    has_patches_only = config.sites == ("vision",)
+    if has_patches_only and (spans is not None or chunks is not None):
+        raise ValueError('spans and chunks are units of text; with sites=("vision",) all units are patches, see tiles.')
     if granularity is None:
-        granularity = _coarse_granularity(prompt) if config.granularity == "auto" else config.granularity
+        granularity = _coarse_granularity(prompt, config) if config.granularity == "auto" else config.granularity
     return split_units(
         prompt,
         granularity=granularity,
@@ -112,20 +115,22 @@ def split_prompt(
         spans=spans,
         chunks=chunks,
         overlap=config.overlap,
-        units=config.units,
+        units="image" if has_patches_only else config.units,
         tiles=config.tiles,
-        include_special=config.include_special,
+        include_special=config.include_special or has_patches_only,
         exclude=config.exclude,
         tokenizer=getattr(processor, "tokenizer", processor),
     )
 
 
-def _coarse_granularity(prompt: EncodedPrompt) -> str:
-    """Paragraphs, if there are several; else sentences, if there are; else tokens."""
+def _coarse_granularity(prompt: EncodedPrompt, config: AtManConfig) -> str:
+    """Paragraphs, if there are several; else sentences, if there are; else tokens. Sentences, too, to cut an image."""
+    if prompt.images and (config.units == "image" or config.sites == ("vision",)):
+        return "sentence"
     for granularity in ("paragraph", "sentence"):
         if prompt.text is not None and len(split_units(prompt, granularity=granularity, units="text")) > 1:
             return granularity
-    return "token"
+    return "sentence" if prompt.images and prompt.spans is not None else "token"
 
 
 @contextlib.contextmanager
