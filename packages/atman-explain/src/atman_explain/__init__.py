@@ -12,6 +12,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .registration import register as register
+    from .remote.classifier_atman import explain_classifier as explain_classifier
     from .remote.configuration_atman import AtManConfig as AtManConfig
     from .remote.errors_atman import ExplanationInterrupted as ExplanationInterrupted
     from .remote.errors_atman import UnsupportedModelError as UnsupportedModelError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "registration": ("register",),
+    "remote.classifier_atman": ("explain_classifier",),
     "remote.configuration_atman": ("AtManConfig",),
     "remote.errors_atman": ("ExplanationInterrupted", "UnsupportedModelError"),
     "remote.explain_atman": ("AtMan", "explain"),

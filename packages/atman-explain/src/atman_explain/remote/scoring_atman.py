@@ -153,8 +153,9 @@ def score(group: Sequence[Work], passes: Passes, config: AtManConfig, processor:
         each.begin(baseline)
     _score_open(group, passes, config, bar)
     if config.granularity == "auto":
+        single = replace(config, tiles=None)  # tiles are what the first round was about
         for each in group:
-            each.refine(split_prompt(each.prompt, config, processor, granularity="token"), config.keep)
+            each.refine(split_prompt(each.prompt, single, processor, granularity="token"), config.keep)
             bar.total += sum(each.is_open())
         _score_open(group, passes, config, bar)
 
