@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .hook_atman import active
-from .observing_atman import Observation, plain_inputs, target_rows
+from .observing_atman import Observation, target_rows
 from .passages_atman import Passage, RunSettings, Suppression, forward_rows, pack
 from .suppressing_atman import SuppressedColumns
 
@@ -51,7 +51,7 @@ class BatchPasses:
         """Yield the index of every item and its read-outs [M], in an order of its own choice."""
         for number, passage in enumerate(self._passages):
             mine = [index for index, item in enumerate(items) if item.passage == number]
-            inputs = plain_inputs(passage, self._model)
+            inputs = self._observed[number].inputs
             most = self._settings.most_items([passage], self._model.config.get_text_config().vocab_size)
             for group in pack([passage.length] * len(mine), tokens=self._settings.tokens, most=most):
                 chosen = [mine[each] for each in group]

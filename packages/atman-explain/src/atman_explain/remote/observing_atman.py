@@ -24,6 +24,8 @@ class Observation:
     input: DecoderInput
     modules: tuple[nn.Module, ...]
     """The decoder's attention modules, in the order of their first call."""
+    inputs: Mapping[str, Any]
+    """What the model was given."""
     is_causal: bool = True
     """Whether the decoder is fully described by its input: no row sees a later one, nothing else enters it."""
 
@@ -66,11 +68,21 @@ def observe_decoder(model: PreTrainedModel, passage: Passage, readout: Readout) 
         UnsupportedModelError: no attention module of the decoder came by.
     """
     decoder = model.get_decoder()
-    observer = Observer()
-    with active(observer), _seen_inputs(decoder) as seen:
-        logits = forward_rows(model, target_rows(passage, model), **plain_inputs(passage, model))
     inside = {id(module) for module in decoder.modules()}
-    modules = tuple(module for module in observer.called if id(module) in inside)
+    for uses_cache in (False, True):  # T-FREE leaves out the bytes inside spelled words, unless it fills a cache
+        inputs = plain_inputs(passage, model) | {"use_cache": uses_cache}
+        observer = Observer()
+        with active(observer), _seen_inputs(decoder) as seen:
+            logits = forward_rows(model, target_rows(passage, model), **inputs)
+        modules = tuple(module for module in observer.called if id(module) in inside)
+        calls = zip(observer.called, observer.lengths, strict=True)
+        if all(keys == passage.length for module, (_, keys) in calls if id(module) in inside):
+            break
+    else:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} attends to other positions than the {passage.length} tokens it is given, so no "
+            "token's column is known."
+        )
     if not modules:
         raise UnsupportedModelError(
             f"{type(model).__name__} ran without calling attention through transformers' interface, so nothing can be "
@@ -84,7 +96,7 @@ def observe_decoder(model: PreTrainedModel, passage: Passage, readout: Readout) 
     if position_ids is None:
         position_ids = torch.arange(passage.length, device=embeds.device)[None]
     is_causal = observer.looking_ahead.isdisjoint(map(id, modules)) and not _has_features(seen)
-    return Observation(readout(logits[0], targets), DecoderInput(embeds[0], position_ids), modules, is_causal)
+    return Observation(readout(logits[0], targets), DecoderInput(embeds[0], position_ids), modules, inputs, is_causal)
 
 
 def _has_features(seen: Mapping[str, Any]) -> bool:
