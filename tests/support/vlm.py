@@ -145,7 +145,7 @@ _QWEN_PIXELS = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
 _QWEN_IDS = {"image_token_id": IMAGE_ID, "video_token_id": 9, "vision_start_token_id": 5, "vision_end_token_id": 6}
 
 
-class _WithoutVideos(transformers.Qwen2VLProcessor):  # type: ignore[misc]
+class _WithoutVideos(transformers.Qwen2VLProcessor):
     """Qwen's processor where torchvision, which its videos need, is not installed."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -170,14 +170,14 @@ def qwen2_vl(dtype: torch.dtype = torch.float64, **_: Any) -> Vlm:
 
 def qwen2_5_vl(dtype: torch.dtype = torch.float64, **_: Any) -> Vlm:
     """Qwen2.5-VL: some layers of its tower attend within windows, whose patches stand together."""
-    vision = {"depth": 3, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    vision: dict[str, Any] = {"depth": 3, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
     vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
     return _qwen("Qwen2_5_VLForConditionalGeneration", vision, dtype)
 
 
 def qwen3_vl(dtype: torch.dtype = torch.float64, **_: Any) -> Vlm:
     """Qwen3-VL: picture features enter several layers of the decoder."""
-    vision = {"depth": 3, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    vision: dict[str, Any] = {"depth": 3, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
     return _qwen("Qwen3VLForConditionalGeneration", vision, dtype)
 

@@ -96,20 +96,21 @@ def _layouts(
 ) -> list[tuple[Grid, Sequence[int]]]:
     """Grid of every image, and its patches' places among the image tokens of the prompt."""
     config, total = model.config, len(columns)
-    grids = patch_grids(config, inputs)
-    is_resampled = any(hasattr(config, name) for name in _RESAMPLERS)
     if config.model_type in _ANYRES:
         return _anyres_layouts(config, inputs["image_sizes"], total)
-    if grids is not None and not is_resampled:
-        for merged in range(1, max(max(grid) for grid in grids) + 1):
-            # each token stands for merged x merged patches, those at the border for fewer
-            coarse = [(math.ceil(rows / merged), math.ceil(cols / merged)) for rows, cols in grids]
-            patches = sum(rows * cols for rows, cols in coarse)
-            if total in (patches, patches + len(coarse) * (merged == 1)):  # maybe with a class token before the patches
-                return _placed(coarse, leading=int(total > patches))
-        if "image_grid_thw" in inputs or "image_sizes" in inputs:
-            raise _mismatch(total, len(grids), sum(rows * cols for rows, cols in grids))
+    is_resampled = any(hasattr(config, name) for name in _RESAMPLERS)
     count = _count_pictures(inputs)
+    grids = patch_grids(config, inputs) if count and not is_resampled else None
+    if grids is not None:
+        patches = sum(rows * cols for rows, cols in grids)
+        if total == patches + len(grids):
+            return _placed(grids, leading=1)  # a class token before the patches of each image
+        for merged in range(1, max(max(grid) for grid in grids) + 1):
+            coarse = [(math.ceil(rows / merged), math.ceil(cols / merged)) for rows, cols in grids]
+            if total == sum(rows * cols for rows, cols in coarse):
+                return _placed(coarse)  # a token stands for merged x merged patches, at the border for fewer
+        if "image_grid_thw" in inputs or "image_sizes" in inputs:
+            raise _mismatch(total, count, patches)
     if count and total % count:
         raise _mismatch(total, count, None)
     side = math.isqrt(total // count) if count else 0
@@ -125,9 +126,12 @@ def _layouts(
 
 
 def _count_pictures(inputs: Mapping[str, Tensor]) -> int:
-    """Number of images; 0 if the inputs do not tell."""
+    """Number of images; 0 if the inputs do not tell, or join the parts of a picture in a way of their own."""
+    if "image_grid_thw" in inputs:
+        return len(inputs["image_grid_thw"])
     pixels = inputs.get("pixel_values")
-    return 0 if pixels is None or pixels.ndim not in (4, 5) or "image_sizes" in inputs else count_images(pixels)
+    joins_parts = "image_sizes" in inputs and pixels is not None and pixels.ndim != 4
+    return 0 if pixels is None or pixels.ndim not in (4, 5) or joins_parts else count_images(pixels)
 
 
 def _placed(grids: Sequence[Grid], leading: int = 0) -> list[tuple[Grid, Sequence[int]]]:
