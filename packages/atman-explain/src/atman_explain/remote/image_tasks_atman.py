@@ -75,7 +75,7 @@ def text_image_task(
         return compare(found if isinstance(found, Tensor) else found.pooler_output)
 
     logits, columns = _observe(model, pixels, run)
-    if not agree(logits, plain.logits_per_image[0]):
+    if not agree(logits, plain.logits_per_image[0], logits.dtype):
         raise _no_cosine(model)
     has_alternatives = len(names) > 1 or (candidates is not None and is_sigmoid(model))
     return Task(run=run, logits=logits, names=names, has_alternatives=has_alternatives, **columns)

@@ -164,8 +164,9 @@ class Router:
                     chosen=self._chosen(config),
                     settings=settings,
                 )
-                if all(agree(packed.baseline[n], each.readouts) for n, each in observed.items()) and (
-                    longest not in observed or agree(packed.probe(longest), observed[longest].readouts)
+                dtype = self.model.dtype
+                if all(agree(packed.baseline[n], each.readouts, dtype) for n, each in observed.items()) and (
+                    longest not in observed or agree(packed.probe(longest), observed[longest].readouts, dtype)
                 ):
                     self._is_proven |= passages[longest].first_row > 0
                     return packed
@@ -213,7 +214,7 @@ def with_equal_axes(inputs: Sequence[DecoderInput]) -> list[DecoderInput]:
     return [replace(each, position_ids=each.position_ids.expand(*widest, -1)) for each in inputs]
 
 
-def agree(one: Tensor, other: Tensor) -> bool:
-    """Whether two ways of computing the same read-outs give the same, up to rounding."""
-    tolerance = _TOLERANCE.get(other.dtype, _TOLERANCE_OF_HALF)
+def agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways of computing the same read-outs give the same, up to rounding in a dtype."""
+    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_OF_HALF)
     return bool(((one - other).abs() <= tolerance * other.abs().clamp(min=1.0)).all())
