@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -32,7 +32,7 @@ def adapt_bloom(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _forward(
-    module: nn.Module,
+    module: BloomAttention,
     hidden_states: Tensor,  # [B, Tq, D]
     residual: Tensor,  # [B, Tq, D]
     alibi: Tensor,  # [B H, 1, Tk]

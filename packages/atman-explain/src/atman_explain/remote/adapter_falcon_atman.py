@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
@@ -25,7 +25,7 @@ def adapt_falcon(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _forward(
-    module: nn.Module,
+    module: FalconAttention,
     hidden_states: Tensor,  # [B, Tq, D]
     alibi: Tensor | None,  # [B, H, 1, Tk]
     attention_mask: Tensor | None,
@@ -38,6 +38,7 @@ def _forward(
     split = module._split_heads(module.query_key_value(hidden_states))
     query, key, value = (each.transpose(1, 2) for each in split)  # [B, H or 1, Tq, D]
     if alibi is None:
+        assert position_embeddings is not None
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.gptj.modeling_gptj import GPTJAttention
@@ -22,7 +22,7 @@ def adapt_gptj(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _forward(
-    module: nn.Module,
+    module: GPTJAttention,
     hidden_states: Tensor,  # [B, Tq, D]
     layer_past: Cache | None = None,
     attention_mask: Tensor | None = None,
