@@ -62,6 +62,11 @@ def test_heat_map_has_a_panel_per_target_up_to_a_limit():
     assert [text for text in texts_of(many.plot(target=7)) if text.startswith('" t')] == ['" t7"']
 
 
+def test_coarse_scores_are_underlined():
+    assert not plot_tokens(example()).axes[0].lines
+    assert len(plot_tokens(example(is_coarse=(True, False, True))).axes[0].lines) == 2
+
+
 def test_long_prompts_are_cut_with_a_note():
     figure = plot_tokens(example(["a\n"] * (MAX_LINES + 5), [[1.0] * (MAX_LINES + 5)]))
     assert "… 6 more lines" in texts_of(figure)  # the last line is empty

@@ -79,6 +79,17 @@ def test_colored_prompt(monkeypatch):
     assert text == "\x1b[38;5;231;48;5;160mOslo\x1b[0m \x1b[38;5;16;48;5;189mis\x1b[0m \x1b[2mthe\x1b[0m"
 
 
+def test_colored_prompt_underlines_coarse_scores(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = example(is_coarse=(True, False, True)).to_ansi().split("\n")[1]
+    assert text == "\x1b[4;38;5;231;48;5;160mOslo\x1b[0m \x1b[38;5;16;48;5;189mis\x1b[0m \x1b[4;2mthe\x1b[0m"
+
+
+def test_logits_are_not_called_probabilities():
+    explanation = example(config={"delta": "logit"}, baseline_logprobs=torch.tensor([7.3125]))
+    assert str(explanation).splitlines()[:2] == ['3 units, target " t0", logit 7.312', "    logits  token  unit"]
+
+
 def test_no_color_is_honored(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert example().to_ansi() == str(example())

@@ -154,9 +154,13 @@ def target_text(explanation: Explanation, target: int | None) -> str:
 
 
 def probability(explanation: Explanation, target: int | None) -> str:
-    """The probability of a target without suppression, such as "p = 67.0 %"; of all targets together for None."""
-    logprobs = explanation.baseline_logprobs
-    return format_probability(float(logprobs.sum() if target is None else logprobs[target]))
+    """How likely a target is without suppression, such as "p = 67.0 %"; all targets together for None.
+
+    An explanation of logits has no probabilities: "logit 7.31".
+    """
+    outputs = explanation.baseline_logprobs
+    output = float(outputs.sum() if target is None else outputs[target])
+    return f"logit {output:.4g}" if explanation.config.get("delta") == "logit" else format_probability(output)
 
 
 def format_probability(logprob: float) -> str:

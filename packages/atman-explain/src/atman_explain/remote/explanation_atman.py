@@ -44,7 +44,7 @@ class Explanation:
     """What was explained, one row of `scores` each."""
 
     baseline_logprobs: Tensor
-    """[targets], log-probability of every target without suppression, in nats."""
+    """[targets], log-probability of every target without suppression, in nats; its logit if `delta="logit"`."""
 
     prompt: str | None = None
     """The text; None if only ids were given, or no text at all."""

@@ -28,7 +28,9 @@ _HEADING, _GAP, _FOOT = 28.0, 12.0, 40.0
 
 
 def plot_tokens(explanation: Explanation, target: int | None = None) -> Any:
-    """Draw the prompt as a heat map: red units support the target, blue ones oppose it.
+    """Draw the prompt as a heat map: red units support the target, blue ones oppose it, hatched ones are unknown.
+
+    A dotted line marks units that have the score of a larger one.
 
     Args:
         explanation: of any granularity.
@@ -65,6 +67,8 @@ class _Panel:
         self.heading = (target_text(explanation, target), probability(explanation, target))
         pieces = prompt_pieces(explanation)
         self.strengths = [None if piece.unit is None else scores[piece.unit] / scale for piece in pieces]
+        coarse = explanation.is_coarse or (False,) * len(explanation.units)
+        self.is_coarse = [piece.unit is not None and coarse[piece.unit] for piece in pieces]
         lines = set_lines((piece.text for piece in pieces), _WIDTH - 2 * _MARGIN, _text_width)
         self.omitted = max(0, len(lines) - MAX_LINES)
         self.lines = lines[:MAX_LINES] if pieces else []
@@ -79,7 +83,10 @@ class _Panel:
         y += _HEADING
         for line in self.lines:
             for box in line:
-                _draw_box(page, _MARGIN + box.x, y, box.width, box.text, self.strengths[box.piece])
+                x, strength = _MARGIN + box.x, self.strengths[box.piece]
+                _draw_box(page, x, y, box.width, box.text, strength)
+                if self.is_coarse[box.piece]:
+                    page.plot([x, x + box.width], [y + _LINE - 2.0] * 2, ":", color=INK, linewidth=0.9, zorder=3)
             y += _LINE
         if self.omitted:
             _write(page, _MARGIN, y + _LINE / 2, f"… {self.omitted} more lines", size=11.0)
@@ -138,7 +145,7 @@ def _draw_map(page: Any, values: Tensor, x: float, y: float, width: float) -> No
 
 
 def _draw_scale(page: Any, y: float, scale: float, explanation: Explanation) -> None:
-    right, width, height = _WIDTH - _MARGIN - 78.0, 150.0, 8.0
+    right, width, height = _WIDTH - _MARGIN - 84.0, 150.0, 8.0
     signed = is_signed(explanation)
     colors = strength_colors([[step / 100 for step in range(-100 if signed else 0, 101)]])
     page.imshow(colors, extent=(right - width, right, y + height, y), aspect="auto", interpolation="nearest", zorder=2)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .explanation_atman import Explanation
 
@@ -32,6 +33,11 @@ def to_sequence_output(explanation: Explanation) -> Any:
         target=source + [TokenWithId(target.text, target.id) for target in targets],
         source_attributions=None,
         target_attributions=rows.masked_fill(is_later, math.nan),
-        step_scores={"probability": explanation.baseline_logprobs.detach().cpu().exp()},
+        step_scores=_step_scores(explanation),
         attr_pos_start=P,
     )
+
+
+def _step_scores(explanation: Explanation) -> dict[str, Tensor]:
+    outputs = explanation.baseline_logprobs.detach().cpu()
+    return {"logit": outputs} if explanation.config.get("delta") == "logit" else {"probability": outputs.exp()}

@@ -74,7 +74,10 @@ def _target_line(explanation: Explanation, target: int) -> str:
 
 
 def render_ansi(explanation: Explanation, target: int | None) -> str:
-    """Render the prompt with coloured backgrounds; plain text if the environment has a non-empty NO_COLOR."""
+    """Render the prompt with coloured backgrounds; plain text if the environment has a non-empty NO_COLOR.
+
+    Faint text was not computed; underlined text has the score of a larger unit.
+    """
     if os.environ.get("NO_COLOR"):  # no-color.org
         return render_text(explanation)
     scores = explanation.relevance(target).tolist()
@@ -82,23 +85,25 @@ def render_ansi(explanation: Explanation, target: int | None) -> str:
     heading = f"target {target_text(explanation, target)}, {probability(explanation, target)}; "
     low, high = _colored(f" -{scale:.3g} ", -1.0), _colored(f" +{scale:.3g} ", 1.0)
     legend = f"{low} opposes, {high} supports" if is_signed(explanation) else f"0 to {high}"
+    coarse = explanation.is_coarse or (False,) * len(scores)
     text = "".join(
-        piece.text if piece.unit is None else _piece(piece.text, scores[piece.unit] / scale)
+        piece.text if piece.unit is None else _piece(piece.text, scores[piece.unit] / scale, coarse[piece.unit])
         for piece in prompt_pieces(explanation)
     )
     return f"{heading}{legend} ({explanation.score_unit})\n{text}"
 
 
-def _piece(text: str, strength: float) -> str:
+def _piece(text: str, strength: float, is_coarse: bool) -> str:
     """Color a piece of text; line breaks stay outside, as a terminal would fill the rest of the line."""
-    return "\n".join(_colored(line, strength) if line else "" for line in text.split("\n"))
+    return "\n".join(_colored(line, strength, is_coarse) if line else "" for line in text.split("\n"))
 
 
-def _colored(text: str, strength: float) -> str:
+def _colored(text: str, strength: float, is_underlined: bool = False) -> str:
+    codes = ["4"] if is_underlined else []
+    step = 0 if math.isnan(strength) else round(abs(strength) * len(_SUPPORTS))
     if math.isnan(strength):
-        return f"\x1b[2m{text}{_RESET}"
-    step = round(abs(strength) * len(_SUPPORTS))
-    if not step:  # next to nothing: the terminal's own colours
-        return text
-    ink, background = (_SUPPORTS if strength > 0 else _OPPOSES)[step - 1]
-    return f"\x1b[38;5;{ink};48;5;{background}m{text}{_RESET}"
+        codes.append("2")
+    elif step:
+        ink, background = (_SUPPORTS if strength > 0 else _OPPOSES)[step - 1]
+        codes.append(f"38;5;{ink};48;5;{background}")
+    return f"\x1b[{';'.join(codes)}m{text}{_RESET}" if codes else text  # next to nothing: the terminal's own colours
