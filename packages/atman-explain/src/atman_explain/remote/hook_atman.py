@@ -6,8 +6,9 @@ modules it names, so that threads do not see each other's, and no model needs to
 """
 
 import contextlib
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,12 @@ def active_interventions() -> tuple[Intervention, ...]:
 def intervention_for(module: nn.Module) -> Intervention | None:
     """The innermost intervention that answers for a module."""
     return next((each for each in _ACTIVE.get() if each.answers_for(module)), None)
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's hook that leaves alone what other threads run through the module meanwhile."""
+    thread = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None
 
 
 def dispatch(call: AttentionCall) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .batches_atman import tiled
 from .classifying_atman import Task, class_logits, head_facts
 from .errors_atman import UnsupportedModelError
-from .hook_atman import active
+from .hook_atman import active, in_this_thread
 from .observing_atman import Observer, further_inputs
 from .prompts_atman import EncodedPrompt, ImageColumns
 from .routes_atman import agree
@@ -216,7 +216,7 @@ def _input_of(module: nn.Module, run: Callable[[int], Tensor]) -> Tensor:
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
 
-    handle = module.register_forward_pre_hook(look, with_kwargs=True)
+    handle = module.register_forward_pre_hook(in_this_thread(look), with_kwargs=True)
     try:
         run(1)
     finally:

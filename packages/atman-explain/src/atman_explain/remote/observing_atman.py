@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .decoder_atman import DecoderInput
 from .errors_atman import UnsupportedModelError
-from .hook_atman import AttentionCall, Intervention, active
+from .hook_atman import AttentionCall, Intervention, active, in_this_thread
 from .passages_atman import Passage, Readout, forward_rows
 
 
@@ -137,7 +137,7 @@ def _seen_inputs(decoder: nn.Module) -> Iterator[dict[str, Any]]:
     def look(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(kwargs)
 
-    handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
+    handle = decoder.register_forward_pre_hook(in_this_thread(look), with_kwargs=True)
     try:
         yield seen
     finally:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .hook_atman import in_this_thread
+
 LOGITS_BUDGET = 1 << 26
 """Logits formed in one pass: 256 MiB in float32."""
 
@@ -110,11 +112,12 @@ def forward_rows(model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
     head = model.get_output_embeddings()
     with contextlib.ExitStack() as hooks:
         if isinstance(head, nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16):
-            hooks.callback(head.register_forward_hook(_float32_product).remove)
+            hooks.callback(head.register_forward_hook(in_this_thread(_float32_product)).remove)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             return model(**inputs, logits_to_keep=rows).logits
         if head is not None:
-            hooks.callback(head.register_forward_pre_hook(lambda _, args: (args[0][:, rows], *args[1:])).remove)
+            cut = in_this_thread(lambda _, args: (args[0][:, rows], *args[1:]))
+            hooks.callback(head.register_forward_pre_hook(cut).remove)
             return model(**inputs).logits
         return model(**inputs).logits[:, rows]
 

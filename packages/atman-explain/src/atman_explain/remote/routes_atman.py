@@ -64,6 +64,7 @@ class Router:
         self._modules: tuple[nn.Module, ...] = ()  # not known before the first passage
         self._can_pack = find_adapter(model) is None
         self._is_proven = False  # that packed runs are exact for this model
+        self._has_own_code = not type(model).__module__.startswith("transformers.")  # may treat some prompts otherwise
         self._source_modules: Seq2SeqModules | None = None
 
     @property
@@ -134,7 +135,8 @@ class Router:
     def open(self, passages: Sequence[Passage], config: AtManConfig, readout: Readout, tokens: int) -> Passes:
         """Run passages plainly, and keep what suppressed runs need.
 
-        The first packed run of a model, and every one with images, is held against its plain run. Where they differ,
+        The first packed run of a model, and every one with images or by code that is not transformers' own, is held
+        against its plain run. Where they differ,
         for example because a model lets image tokens see later ones, whole rows are run in batches: slower, and exact.
         A prompt of one token has no suffix, so that it proves nothing.
         """
@@ -152,7 +154,7 @@ class Router:
             observed = {
                 n: self._observe(each, readout)
                 for n, each in enumerate(passages)
-                if each.model_inputs or (n == longest and not self._is_proven)
+                if each.model_inputs or self._has_own_code or (n == longest and not self._is_proven)
             }
             if all(each.is_causal for each in observed.values()):
                 inputs = [observed[n].input if n in observed else self._text_input(p) for n, p in enumerate(passages)]
@@ -181,6 +183,10 @@ class Router:
 
     def steered_modules(self, config: AtManConfig, prompt_ids: tuple[int, ...]) -> frozenset[int]:
         """`id` of modules that hold the attention to change while a model generates; a run finds single layers."""
+        if self.is_encoder_decoder:
+            passage = Passage(prompt_ids=prompt_ids, target_ids=prompt_ids[:1])
+            with evaluation_mode(self.model):
+                return frozenset(id(each) for each in observe_modules(self.model, passage).chosen(config))
         if config.layers is None:
             return frozenset(id(module) for module in self.model.get_decoder().modules())
         with evaluation_mode(self.model):

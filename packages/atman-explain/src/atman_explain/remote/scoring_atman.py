@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .configuration_atman import AtManConfig
 from .errors_atman import ExplanationInterrupted
@@ -128,7 +128,7 @@ def _coarse_granularity(prompt: EncodedPrompt, config: AtManConfig) -> str:
     if prompt.images and (config.units == "image" or config.sites == ("vision",)):
         return "sentence"
     for granularity in ("paragraph", "sentence"):
-        if prompt.text is not None and len(split_units(prompt, granularity=granularity, units="text")) > 1:
+        if prompt.spans is not None and len(split_units(prompt, granularity=granularity, units="text")) > 1:
             return granularity
     return "sentence" if prompt.images and prompt.spans is not None else "token"
 
@@ -140,7 +140,7 @@ def progress(work: Sequence[Work], config: AtManConfig) -> Iterator[Any]:
     shows = None if config.show_progress is None else not config.show_progress
     delay = _PROGRESS_DELAY if config.show_progress is None else 0.0
     try:
-        with tqdm(total=total, desc="AtMan", unit="unit", disable=shows, delay=delay, leave=False) as bar:
+        with logging.tqdm(total=total, desc="AtMan", unit="unit", disable=shows, delay=delay, leave=False) as bar:
             yield bar
     except KeyboardInterrupt:
         partial = [each.explanation(config) for each in work if each.baseline is not None]

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .batches_atman import tiled
 from .configuration_atman import AtManConfig
 from .errors_atman import UnsupportedModelError
-from .hook_atman import active
+from .hook_atman import active, in_this_thread
 from .observing_atman import Observer
 from .passages_atman import Passage, RunSettings, Suppression, forward_rows, pack
 from .prompts_atman import EncodedPrompt
@@ -90,7 +90,8 @@ def generate_target(model: PreTrainedModel, prompt: EncodedPrompt, max_new_token
     inputs = _source(model, prompt.input_ids, prompt.model_inputs)
     forced = len(_start(model, ())) - 1
     # one token more than asked for: some models force the last one to be the end
-    out = model.generate(**inputs, max_new_tokens=forced + max_new_tokens + 1, do_sample=False, num_beams=1)
+    with active(Observer()):  # so that masks are made even where a module does not say that it is causal
+        out = model.generate(**inputs, max_new_tokens=forced + max_new_tokens + 1, do_sample=False, num_beams=1)
     new = out[0, 1 + forced :].tolist()[:max_new_tokens]
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
@@ -195,9 +196,10 @@ class Seq2SeqPasses:
             seen["embeds"] = encoder.get_input_embeddings()(inputs["input_ids"]) if embeds is None else embeds
             seen["encoded"] = output[0]
 
-        handle = self._model.get_encoder().register_forward_hook(look, with_kwargs=True)
+        handle = self._model.get_encoder().register_forward_hook(in_this_thread(look), with_kwargs=True)
         try:
-            readouts = self._read(passage, inputs, decoder_ids)
+            with active(Observer()):  # with the same masks as in suppressed runs
+                readouts = self._read(passage, inputs, decoder_ids)
         finally:
             handle.remove()
         return _Plain(passage, inputs, decoder_ids, readouts[0], seen["embeds"][0], seen["encoded"])

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,16 +16,34 @@ from .errors_atman import UnsupportedModelError
 from .hook_atman import IMPLEMENTATION, active_interventions
 
 
-class _Switch:
-    """How often a model is switched right now, and what undoes it."""
+class _Shared:
+    """What several contexts need at a time: done by the first one to begin, undone by the last one to end."""
 
     def __init__(self) -> None:
-        self.depth = 0
-        self.undo = contextlib.ExitStack()
+        self._depth = 0
+        self._undo = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self, enter: Callable[[contextlib.ExitStack], object]) -> Iterator[None]:
+        with _LOCK:
+            if self._depth == 0:
+                with contextlib.ExitStack() as undo:
+                    enter(undo)
+                    self._undo = undo.pop_all()
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with _LOCK:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._undo.close()
 
 
 _LOCK = threading.RLock()
-_SWITCHES: "weakref.WeakKeyDictionary[nn.Module, _Switch]" = weakref.WeakKeyDictionary()
+_SWITCHED: "weakref.WeakKeyDictionary[nn.Module, _Shared]" = weakref.WeakKeyDictionary()
+_EVALUATING: "weakref.WeakKeyDictionary[nn.Module, _Shared]" = weakref.WeakKeyDictionary()
+_UNCOMPILED = _Shared()
 
 
 def base_model(model: Any) -> PreTrainedModel:
@@ -63,19 +81,14 @@ def atman_implementation(model: PreTrainedModel) -> Iterator[None]:
             adapter knows it.
     """
     with _LOCK:
-        switch = _SWITCHES.setdefault(model, _Switch())
-        if switch.depth == 0:
-            with contextlib.ExitStack() as undo:
-                _enter(model, undo)
-                switch.undo = undo.pop_all()
-        switch.depth += 1
-    try:
+        switched = _SWITCHED.setdefault(model, _Shared())
+    with _UNCOMPILED(_run_uncompiled), switched(lambda undo: _enter(model, undo)):
         yield
-    finally:
-        with _LOCK:
-            switch.depth -= 1
-            if switch.depth == 0:
-                switch.undo.close()
+
+
+def _run_uncompiled(undo: contextlib.ExitStack) -> None:
+    # compiled graphs would be made anew for every layout of packed rows
+    undo.enter_context(torch.compiler.set_stance("force_eager"))
 
 
 def _enter(model: PreTrainedModel, undo: contextlib.ExitStack) -> None:
@@ -128,12 +141,21 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run a model in eval mode and without gradients, and put every module back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Run a model in eval mode and without gradients, and put every module back into its own mode afterwards.
+
+    Nested and concurrent uses share the mode: it ends when the last of them does.
+    """
+    with _LOCK:
+        evaluating = _EVALUATING.setdefault(model, _Shared())
+    with evaluating(lambda undo: _enter_evaluation(model, undo)), torch.no_grad():
+        yield
+
+
+def _enter_evaluation(model: nn.Module, undo: contextlib.ExitStack) -> None:
+    undo.callback(_restore_modes, [(module, module.training) for module in model.modules()])
+    model.eval()
+
+
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .batches_atman import tiled
 from .configuration_atman import AtManConfig
 from .errors_atman import UnsupportedModelError
-from .hook_atman import AttentionCall, Intervention, active, only_heads
+from .hook_atman import AttentionCall, Intervention, active, in_this_thread, only_heads
 from .images_atman import Grid, locate_images, patch_grids
 from .observing_atman import plain_inputs, target_rows
 from .passages_atman import Passage, RunSettings, Suppression, forward_rows, pack
@@ -135,7 +135,7 @@ class VisionPasses:
 
         inputs = plain_inputs(passage, self._model)
         counter = _KeyCounter()
-        handle = self._modules[-1].register_forward_pre_hook(look, with_kwargs=True)
+        handle = self._modules[-1].register_forward_pre_hook(in_this_thread(look), with_kwargs=True)
         try:
             with active(counter):
                 readouts = self._read(passage, inputs, 1)
