@@ -50,7 +50,7 @@ def test_table_of_one_target():
 def test_several_targets_list_what_supports_each():
     lines = str(example(scores=((1.0, 0.0, 2.0), (-1.0, -2.0, -3.0)))).splitlines()
     assert lines[0] == '3 units, all targets " t0 t1", p = 25.0 %'
-    assert lines[-2] == '  " t0"                  p = 50.0 %  " the" +2.00, "Oslo" +1.00'
+    assert lines[-2] == '  " t0"                  p = 50.0 %  " the" +2, "Oslo" +1'
     assert lines[-1] == '  " t1"                  p = 50.0 %  nothing'
 
 

@@ -67,7 +67,7 @@ def _bar(share: float) -> str:
 def _target_line(explanation: Explanation, target: int) -> str:
     name = shorten(target_text(explanation, target), 20)
     best = ", ".join(
-        f'"{shorten(visible(unit.text), 16)}" {score:+.2f}' for unit, score in explanation.top(3, target) if score > 0
+        f'"{shorten(visible(unit.text), 16)}" {score:+.3g}' for unit, score in explanation.top(3, target) if score > 0
     )
     space = " " * max(0, 20 - display_width(name))
     return f"  {name}{space} {probability(explanation, target):>12}  {best or 'nothing'}"
