@@ -77,7 +77,6 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> None:
     from . import explain
 
-    model, processor = _load(arguments)
     given = {name: getattr(arguments, name) for name in _SETTINGS}
     settings = {name: value for name, value in given.items() if value is not None}
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
@@ -86,6 +85,7 @@ def _run(arguments: argparse.Namespace) -> None:
         from PIL import Image
 
         images = [Image.open(path).convert("RGB") for path in arguments.image]
+    model, processor = _load(arguments)
     _write(explain(model, processor, prompt, target=arguments.target, images=images, **settings), arguments)
 
 
