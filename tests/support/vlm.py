@@ -1,5 +1,6 @@
 """Tiny vision-language models with random weights, and processors for them, made here and now."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.masking_utils import sdpa_mask
@@ -31,6 +32,7 @@ _PLACES = tuple(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (
 _VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", *MARKS.values(), *_PLACES, "\n", "\n\n", *WORDS]
 VOCAB = len(_VOCABULARY)
 IMAGE_ID = _VOCABULARY.index("<image>")
+TOWERS = ("vision_tower", "visual", "vision_model")
 TARGET = (_VOCABULARY.index("panda"), _VOCABULARY.index("cat"), _VOCABULARY.index("is"))
 
 _TEXT = {
@@ -81,15 +83,16 @@ def tokenizer(**roles: str) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordLevel({token: index for index, token in enumerate(_VOCABULARY)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
         extra_special_tokens=roles or {"image_token": "<image>"},
-        additional_special_tokens=[*MARKS.values(), *_PLACES],
     )
+    made.add_tokens([AddedToken(mark, special=True) for mark in (*MARKS.values(), *_PLACES)])
+    return made
 
 
 def _finished(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -170,14 +173,26 @@ def qwen2_vl(dtype: torch.dtype = torch.float64, **_: Any) -> Vlm:
 
 def qwen2_5_vl(dtype: torch.dtype = torch.float64, **_: Any) -> Vlm:
     """Qwen2.5-VL: some layers of its tower attend within windows, whose patches stand together."""
-    vision: dict[str, Any] = {"depth": 3, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    vision: dict[str, Any] = {
+        "depth": 3,
+        "hidden_size": 16,
+        "out_hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+    }
     vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
     return _qwen("Qwen2_5_VLForConditionalGeneration", vision, dtype)
 
 
 def qwen3_vl(dtype: torch.dtype = torch.float64, **_: Any) -> Vlm:
     """Qwen3-VL: picture features enter several layers of the decoder."""
-    vision: dict[str, Any] = {"depth": 3, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    vision: dict[str, Any] = {
+        "depth": 3,
+        "hidden_size": 16,
+        "out_hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+    }
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
     return _qwen("Qwen3VLForConditionalGeneration", vision, dtype)
 
@@ -272,7 +287,11 @@ def _attention(
     groups = query.shape[1] // key.shape[1]
     k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    visible = torch.ones_like(scores, dtype=torch.bool) if attention_mask is None else attention_mask.expand_as(scores)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(scores, dtype=torch.bool)
+    elif attention_mask.is_floating_point():  # Pixtral's tower adds its mask
+        attention_mask = attention_mask == 0
+    visible = attention_mask.expand_as(scores)
     factors = _running.factors(module, key)
     if factors is not None:
         scores = manipulate(scores, factors, _running.mode, visible)
@@ -289,7 +308,9 @@ AttentionMaskInterface.register(
 )
 
 
-def _row(inputs: Mapping[str, Tensor], target_ids: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
+def row_of(
+    inputs: Mapping[str, Tensor], target_ids: Sequence[int], dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
     """A processor's output for one prompt, with the target behind it."""
     row = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     target = torch.tensor([list(target_ids[:-1])], dtype=torch.long)
@@ -316,7 +337,7 @@ def reference_logprobs(
     before = {name: module.config._attn_implementation for name, module in _parts(model)}
     model.set_attn_implementation("vlm_reference")
     try:
-        logits = model(**_row(inputs, target_ids, model.dtype), use_cache=False).logits[0]
+        logits = model(**row_of(inputs, target_ids, model.dtype), use_cache=False).logits[0]
     finally:
         for name, module in _parts(model):
             module.config._attn_implementation_internal = before[name]
@@ -336,7 +357,7 @@ def decoder_embeds(model: PreTrainedModel, inputs: Mapping[str, Tensor], target_
     handle = model.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    model(**_row(inputs, target_ids, model.dtype), use_cache=False)
+    model(**row_of(inputs, target_ids, model.dtype), use_cache=False)
     handle.remove()
     return seen[0][0]
 
@@ -347,9 +368,17 @@ def tower_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], layer: in
     inside = {id(module) for module in model.get_decoder().modules()}
     modules = [m for m in model.modules() if hasattr(m, "is_causal") and id(m) not in inside]
     seen: list[Tensor] = []
-    handle = modules[layer].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    model(**_row(inputs, [0], model.dtype), use_cache=False)
+
+    def look(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        raise _SeenEnoughError
+
+    handle = modules[layer].register_forward_pre_hook(look, with_kwargs=True)
+    with contextlib.suppress(_SeenEnoughError):
+        model(**row_of(inputs, [0], model.dtype), use_cache=False)
     handle.remove()
     return seen[0].reshape(-1, seen[0].shape[-1])
+
+
+class _SeenEnoughError(Exception):
+    """Ends a run."""

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class Observation:
     """What the model was given."""
     is_causal: bool = True
     """Whether the decoder is fully described by its input: no row sees a later one, nothing else enters it."""
+    has_position_bias: bool = False
+    """Whether attention modules add to their scores."""
+    entered: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the decoder."""
 
 
 class Observer(Intervention):
@@ -40,6 +44,7 @@ class Observer(Intervention):
         """Queries and keys of the first call of every module in `called`."""
         self.looking_ahead: set[int] = set()
         """`id` of modules some of whose rows see keys behind them."""
+        self.has_position_bias = False
         self._mask: Tensor | None = None  # the last one that was looked at; layers share it
         self._looks_ahead = False
 
@@ -51,6 +56,7 @@ class Observer(Intervention):
                 self._mask, self._looks_ahead = call.visible, _looks_ahead(call)
             if self._looks_ahead:
                 self.looking_ahead.add(id(call.module))
+            self.has_position_bias |= call.bias is not None and bool(call.bias.any())
         return call.attend()
 
 
@@ -96,7 +102,15 @@ def observe_decoder(model: PreTrainedModel, passage: Passage, readout: Readout) 
     if position_ids is None:
         position_ids = torch.arange(passage.length, device=embeds.device)[None]
     is_causal = observer.looking_ahead.isdisjoint(map(id, modules)) and not _has_features(seen)
-    return Observation(readout(logits[0], targets), DecoderInput(embeds[0], position_ids), modules, inputs, is_causal)
+    return Observation(
+        readout(logits[0], targets),
+        DecoderInput(embeds[0], position_ids),
+        modules,
+        inputs,
+        is_causal,
+        observer.has_position_bias,
+        seen,
+    )
 
 
 def _has_features(seen: Mapping[str, Any]) -> bool:

@@ -16,6 +16,8 @@ from .hook_atman import in_this_thread
 LOGITS_BUDGET = 1 << 26
 """Logits formed in one pass: 256 MiB in float32."""
 
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of read-outs, between two ways of computing the same
+_TOLERANCE_OF_HALF = 0.25
 _HEAD_CHUNK = 1 << 24  # elements of the output matrix that are cast to float32 at once: 64 MiB
 
 
@@ -131,6 +133,12 @@ def _float32_product(head: nn.Linear, args: tuple[Tensor, ...], _output: Tensor)
         for i in range(0, weight.shape[0], rows)
     ]
     return torch.cat(parts, dim=-1)
+
+
+def agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways of computing the same read-outs give the same, up to rounding in a dtype."""
+    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_OF_HALF)
+    return bool(((one - other).abs() <= tolerance * other.abs().clamp(min=1.0)).all())
 
 
 def pack(lengths: Sequence[int], *, tokens: int, most: int | None = None) -> Iterator[list[int]]:

@@ -79,6 +79,8 @@ def encode_prompts(processor: Any, prompt: Any, *, images: Any = None) -> tuple[
         is_single = len(rows) == 1
         return [_prompt_from_ids(processor, ids, inputs) for ids, inputs in rows], is_single
     items, is_single = sequences(prompt, "prompt")
+    if processor is None and images is not None:
+        raise ValueError("images need a processor that takes them, got processor=None; pass the model's processor.")
     if tokenizer is None and any(isinstance(item, str) for item in items):
         raise ValueError("prompt is text, which needs a tokenizer, got processor=None; pass a tokenizer or token ids.")
     pictures = _images_by_prompt(images, len(items), is_single)

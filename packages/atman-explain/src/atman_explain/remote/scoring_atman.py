@@ -156,7 +156,8 @@ def score(group: Sequence[Work], passes: Passes, config: AtManConfig, processor:
         single = replace(config, tiles=None)  # tiles are what the first round was about
         for each in group:
             each.refine(split_prompt(each.prompt, single, processor, granularity="token"), config.keep)
-            bar.total += sum(each.is_open())
+            if not bar.disable:
+                bar.total += sum(each.is_open())
         _score_open(group, passes, config, bar)
 
 
