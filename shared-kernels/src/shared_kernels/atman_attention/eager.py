@@ -3,7 +3,6 @@
 Self-contained on purpose: this file is copied verbatim next to models on the Hub.
 """
 
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,8 +13,20 @@ Mode = Literal["shift_min", "log_additive", "multiply", "shift_min_all"]
 
 MODES: tuple[Mode, ...] = ("shift_min", "log_additive", "multiply", "shift_min_all")
 
-_CHUNK_SCORES = 1 << 19
-"""Scores that the dense path holds at a time. Changes memory and speed, never the result."""
+_CHUNK_SCORES = 1 << 18
+"""Scores that are held at a time where they are explicit. Changes memory and speed, never the result."""
+
+_GROUP_SCORES = 1 << 17
+"""Scores of the short segments that are computed together. Changes speed, never the result."""
+
+
+class _Rule(NamedTuple):
+    """How scores are made and changed."""
+
+    mode: Mode
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
 
 
 def suppress_scores(scores: Tensor, factors: Tensor, mode: Mode, visible: Tensor | None = None) -> Tensor:
@@ -32,7 +43,7 @@ def suppress_scores(scores: Tensor, factors: Tensor, mode: Mode, visible: Tensor
 
     Args:
         scores: `[..., Tq, Tk]`, scaled, soft-capped and biased, but not masked.
-        factors: broadcastable to `scores`, not negative.
+        factors: broadcastable to `scores`, same dtype, not negative.
         mode: one of `MODES`.
         visible: bool, broadcastable to `scores`: which keys a row may see. None: all.
 
@@ -45,11 +56,11 @@ def suppress_scores(scores: Tensor, factors: Tensor, mode: Mode, visible: Tensor
         return scores * factors
     if mode == "log_additive":
         return scores + _log_factors(factors, visible)
-    if visible is None or mode == "shift_min_all":
-        lowest = scores.amin(-1, keepdim=True)
+    if visible is not None and mode == "shift_min":
+        lowest = torch.where(visible, scores, torch.finfo(scores.dtype).max).amin(-1, keepdim=True)
     else:
-        lowest = scores.masked_fill(~visible, torch.finfo(scores.dtype).max).amin(-1, keepdim=True)
-    return _shift(scores, factors, lowest)
+        lowest = scores.amin(-1, keepdim=True)
+    return torch.lerp(lowest, scores, factors)
 
 
 def atman_attention_eager(
@@ -86,92 +97,110 @@ def atman_attention_eager(
     Returns:
         `[B, H, Tq, Dv]` in the dtype of `query`. A row that sees no key is zero.
     """
-    (Tq, D), Tk = query.shape[2:], key.shape[2]
+    (H, Tq, D), (Hk, Tk) = query.shape[1:], key.shape[1:3]
+    rule = _Rule(mode, D**-0.5 if scale is None else scale, softcap)
     visible, bias = _four_axes(visible), _four_axes(bias)
-    scale = D**-0.5 if scale is None else scale
-    is_causal = is_causal and (Tq > 1 or window is not None)  # a single row is the last one: it sees all keys
-    if factors is None and softcap is None and sinks is None:
-        causal_only = is_causal and window is None and visible is None and bias is None and Tq == Tk
-        mask = None if causal_only else _sdpa_mask(_all_visible(Tq, Tk, is_causal, window, visible, query), bias, query)
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, scale=scale, is_causal=causal_only, enable_gqa=query.shape[1] != key.shape[1]
-        )
-    dtype = _score_dtype(query)
-    f = None if factors is None else factors.to(dtype)[:, None, None, :]  # [B, 1, 1, Tk]
-    bias = None if bias is None else bias.to(dtype)
-    if softcap is None and sinks is None and f is not None and mode in ("multiply", "log_additive"):
-        shown = _all_visible(Tq, Tk, is_causal, window, visible, query)
-        q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
-        if mode == "multiply":  # q . (f k) = f (q . k)
-            k = k * f.transpose(2, 3)
-            bias = None if bias is None else bias * f
-        else:
-            bias = _log_factors(f, shown) if bias is None else bias + _log_factors(f, shown)
-        causal_only = is_causal and window is None and visible is None and bias is None and Tq == Tk
-        mask = None if causal_only else _sdpa_mask(shown, bias, q)
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, scale=scale, is_causal=causal_only, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.to(query.dtype)
-    return _attend_in_chunks(query, key, value, f, mode, scale, visible, bias, is_causal, window, softcap, sinks)
+    if is_causal and (Tq > 1 or window is not None):  # a single row is the last one: it sees all keys
+        is_plain_causal = window is None and visible is None and bias is None and Tq == Tk
+        band = _causal_band(Tq, Tk, window, query.device)
+        visible = band if visible is None else visible & band
+    else:
+        is_plain_causal = False
+    if softcap is None and sinks is None:
+        if factors is None:
+            return _sdpa(query, key, value, rule.scale, None if is_plain_causal else visible, bias, is_plain_causal)
+        f = factors.to(_score_dtype(query))[:, None, None, :]  # [B, 1, 1, Tk]
+        if mode == "log_additive" or (mode == "multiply" and Tq * H > D * Hk):  # else the keys are more than the scores
+            q, k, v = (each.to(f.dtype) for each in (query, key, value))
+            if mode == "multiply":  # q . (f k) = f (q . k)
+                k, bias = k * f.mT, None if bias is None else bias * f
+            else:
+                bias, is_plain_causal = _log_factors(f, visible) + (0.0 if bias is None else bias), False
+            out = _sdpa(q, k, v, rule.scale, None if is_plain_causal else visible, bias, is_plain_causal)
+            return out.to(query.dtype)
+    return _attend_in_chunks(query, key, value, factors, visible, bias, sinks, rule)
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None, bias: Tensor | None, causal: bool
+) -> Tensor:
+    mask = visible
+    if bias is not None:
+        bias = bias.to(query.dtype)
+        mask = bias if visible is None else torch.where(visible, bias, -torch.inf)
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, is_causal=causal, enable_gqa=is_grouped)
 
 
 def _attend_in_chunks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    f: Tensor | None,
-    mode: Mode,
-    scale: float,
+    factors: Tensor | None,
     visible: Tensor | None,
     bias: Tensor | None,
-    is_causal: bool,
-    window: int | None,
-    softcap: float | None,
     sinks: Tensor | None,
+    rule: _Rule,
 ) -> Tensor:
-    """Attention with explicit scores, `_CHUNK_SCORES` at a time."""
+    """Attention with explicit scores of `_CHUNK_SCORES` at a time."""
     (B, H, Tq, D), (Hk, Tk) = query.shape, key.shape[1:3]
     dtype = _score_dtype(query)
-    q = (query.to(dtype) * scale).reshape(B, Hk, H // Hk, Tq, D)
-    k, v = key.to(dtype).mT, value.to(dtype)
-    if sinks is not None:
-        v = F.pad(v, (0, 0, 0, 1))
-        sinks = sinks.to(dtype)[None, :, None, None]
-    shown = _all_visible(Tq, Tk, is_causal, window, visible, query)
+    q = (query.to(dtype) * rule.scale).reshape(B, Hk, H // Hk, Tq, D)
+    k, v = key.to(dtype), value.to(dtype)
+    f = None if factors is None else factors.to(dtype)[:, None, None, None, :]
+    sinks = None if sinks is None else sinks.to(dtype).view(Hk, H // Hk, 1, 1)
+    seen, offset = _by_group(visible, Hk), None if bias is None else _by_group(bias.to(dtype), Hk)
     rows = Tq if torch.compiler.is_compiling() else max(1, _CHUNK_SCORES // max(1, B * H * Tk))
     parts = []
-    for start in range(0, Tq, rows):
-        stop = min(start + rows, Tq)
-        part = q[:, :, :, start:stop].reshape(B, Hk, -1, D)
-        s = (part @ k).view(B, H, stop - start, Tk)
-        if softcap is not None:
-            s = softcap * torch.tanh(s / softcap)
-        if bias is not None:
-            s = s + _rows_of(bias, start, stop)
-        seen = None if shown is None else _rows_of(shown, start, stop)
-        if f is not None:
-            s = suppress_scores(s, f, mode, seen)
-        if seen is not None:
-            s = s.masked_fill(~seen, torch.finfo(dtype).min)
-        if sinks is not None:
-            s = torch.cat([s, sinks.expand(B, H, stop - start, 1)], -1)
-        out = (s.softmax(-1).view(B, Hk, -1, s.shape[-1]) @ v).view(B, H, stop - start, -1)
-        if seen is not None:
-            out = out.masked_fill(~seen.any(-1, keepdim=True), 0.0)
-        parts.append(out)
-    return torch.cat(parts, 2).to(query.dtype) if parts else query.new_zeros(B, H, 0, value.shape[-1])
+    for i in range(0, Tq, rows):
+        chunk, shown = q[:, :, :, i : i + rows], _rows_of(seen, i, rows)
+        limit = None if shown is None else _limit(shown, dtype)
+        part = _attend(chunk, k, v, f, limit, _rows_of(offset, i, rows), sinks, rule)
+        parts.append(part if shown is None else part.masked_fill(~shown.any(-1, keepdim=True), 0.0))
+    if not parts:
+        return query.new_zeros(B, H, 0, value.shape[-1])
+    return torch.cat(parts, 3).view(B, H, Tq, -1).to(query.dtype)
 
 
-class _Segment(NamedTuple):
-    """The rows of one segment, its prefix, and the range of its rows whose factors are not all 1."""
-
-    start: int
-    stop: int
-    prefix_start: int
-    prefix_stop: int
-    changed_start: int
-    changed_stop: int
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor | None,
+    limit: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    rule: _Rule,
+) -> Tensor:
+    """Attend with scaled queries `[X, Y, g, n, D]` to keys `[X, Y, T, D]`; all else broadcasts to `[X, Y, g, n, T]`."""
+    X, Y, g, n, D = q.shape
+    s = (q.reshape(X, Y, g * n, D) @ k.mT).view(X, Y, g, n, -1)
+    # scores are nobody else's, so they are changed in place, unless a backward pass or a compiler needs every version
+    needs_graph = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (s, f, bias, sinks)
+    )
+    out = None if needs_graph or torch.compiler.is_compiling() else s
+    if rule.softcap is not None:
+        s = torch.mul(torch.tanh(torch.div(s, rule.softcap, out=out), out=out), rule.softcap, out=out)
+    if bias is not None:
+        s = torch.add(s, bias, out=out)
+    if f is not None and rule.mode in ("shift_min", "shift_min_all"):
+        if limit is not None and rule.mode == "shift_min":
+            s = torch.maximum(s, limit, out=out)
+        s = torch.lerp(s.amin(-1, keepdim=True), s, f, out=out)
+    elif f is not None:
+        s = (
+            torch.mul(s, f, out=out)
+            if rule.mode == "multiply"
+            else torch.add(s, _log_factors(f, None if limit is None else limit < 0), out=out)
+        )
+    if limit is not None:
+        s = torch.minimum(s, -limit, out=out)
+    if sinks is not None:
+        s, v = torch.cat([s, sinks.expand(X, Y, g, n, 1)], -1), F.pad(v, (0, 0, 0, 1))
+        out = None if out is None else s
+    weights = torch.softmax(s, -1, out=out)
+    return (weights.view(X, Y, g * n, -1) @ v).view(X, Y, g, n, -1)
 
 
 def atman_suffix_attention_eager(
@@ -200,7 +229,7 @@ def atman_suffix_attention_eager(
         prefix_key: `[N, Hk, D]`, the keys of one or several prompts.
         prefix_value: `[N, Hk, Dv]`.
         factors: `[S]`, not negative, of the segments' own keys; those of a prefix count as 1. None: plain attention.
-        cu_seqlens: `[R + 1]`, where segments start.
+        cu_seqlens: `[R + 1]`, where segments start; the last one is S.
         prefix_start: `[R]`, where each segment's prefix starts in `prefix_key`.
         prefix_length: `[R]`, how many keys it has; row i of the segment stands at position prefix_length + i.
         mode: how a factor acts on a score, see `suppress_scores`; `"shift_min_all"` is undefined here.
@@ -212,91 +241,172 @@ def atman_suffix_attention_eager(
     Returns:
         `[S, H, Dv]` in the dtype of `query`.
     """
-    (S, H, D), Hk = query.shape, key.shape[1]
-    dtype = _score_dtype(query)
-    scale = D**-0.5 if scale is None else scale
-    q = (query.to(dtype) * scale).view(S, Hk, H // Hk, D).permute(1, 2, 0, 3).contiguous()  # [Hk, g, S, D]
-    k, v = key.to(dtype).transpose(0, 1), value.to(dtype).transpose(0, 1)  # [Hk, S, D]
-    k0, v0 = prefix_key.to(dtype).transpose(0, 1), prefix_value.to(dtype).transpose(0, 1)  # [Hk, N, D]
-    f = None if factors is None else factors.to(dtype)
-    sink_column = None if sinks is None else sinks.to(dtype).view(Hk, H // Hk, 1, 1)
+    rule = _Rule(mode, query.shape[-1] ** -0.5 if scale is None else scale, softcap, window)
+    pack = _Pack(query, key, value, factors, cu_seqlens)
+    prefixes = _Prefixes(prefix_key, prefix_value, prefix_start, prefix_length)
+    attend = _attend_in_one_piece if torch.compiler.is_compiling() else _attend_in_groups  # segments are data
+    return attend(pack, prefixes, sinks, rule)
+
+
+class _Pack(NamedTuple):
+    query: Tensor  # [S, H, D]
+    key: Tensor  # [S, Hk, D]
+    value: Tensor  # [S, Hk, Dv]
+    factors: Tensor | None  # [S]
+    bounds: Tensor  # [R + 1]
+
+
+class _Prefixes(NamedTuple):
+    key: Tensor  # [N, Hk, D]
+    value: Tensor  # [N, Hk, Dv]
+    start: Tensor  # [R]
+    length: Tensor  # [R]
+
+
+def _attend_in_groups(pack: _Pack, prefixes: _Prefixes, sinks: Tensor | None, rule: _Rule) -> Tensor:
+    """Segment by segment, short ones of one prompt together."""
+    (S, H, D), Hk = pack.query.shape, pack.key.shape[1]
+    dtype = _score_dtype(pack.query)
+    q = (pack.query.to(dtype) * rule.scale).transpose(0, 1)  # [H, S, D]
+    k, v, k0, v0 = (each.to(dtype).transpose(0, 1) for each in (pack.key, pack.value, prefixes.key, prefixes.value))
+    f = None if pack.factors is None else pack.factors.to(dtype)
+    is_explicit = rule.softcap is not None or sinks is not None or (f is not None and rule.mode == "shift_min")
+    if f is not None and rule.mode == "multiply" and not is_explicit:
+        k, f = k * f[:, None], None  # q . (f k) = f (q . k)
+    sinks = None if sinks is None else sinks.to(dtype).view(Hk, 1, H // Hk, 1, 1)
+    ones = q.new_ones(1, k0.shape[1])
+    groups = _groups(pack.bounds, prefixes, H, rule.window)
+    tallest, longest = (
+        max((each.height for each in groups), default=0),
+        max((each.length for each in groups), default=0),
+    )
+    band = _causal_band(tallest, longest, rule.window, q.device)
+    limits = _limit(band, dtype)
+    masks = (-limits).clamp(max=0)
     parts = []
-    for each in _segments(factors, cu_seqlens, prefix_start, prefix_length):
-        n, length = each.stop - each.start, each.prefix_stop - each.prefix_start
-        first = 0 if window is None else max(0, length + 1 - window)  # no row sees the prefix keys before
-        shared, own = slice(each.prefix_start + first, each.prefix_stop), slice(each.start, each.stop)
-        keys = torch.cat([k0[:, shared], k[:, own]], 1)  # [Hk, length - first + n, D]
-        values = torch.cat([v0[:, shared], v[:, own]], 1)
-        s = (q[:, :, own].reshape(Hk, -1, D) @ keys.mT).view(Hk, H // Hk, n, -1)
-        if softcap is not None:
-            s = softcap * torch.tanh(s / softcap)
-        seen = _all_visible(n, keys.shape[1], True, window, None, query)
-        if f is not None and each.changed_stop > each.changed_start:
-            s = suppress_scores(s, F.pad(f[own], (length - first, 0), value=1.0), mode, seen)
-        if seen is not None:
-            s = s.masked_fill(~seen, torch.finfo(dtype).min)
-        if sink_column is not None:
-            s = torch.cat([s, sink_column.expand(Hk, H // Hk, n, 1)], -1)
-            values = F.pad(values, (0, 0, 0, 1))
-        out = s.softmax(-1).view(Hk, -1, s.shape[-1]) @ values
-        parts.append(out.view(Hk, H // Hk, n, -1))
+    for group in groups:
+        G, n = len(group.rows), group.height
+        keys, values = (group.gather(*each).view(Hk, G, group.length, -1) for each in ((k0, k), (v0, v)))
+        corner = (..., slice(tallest - n, None), slice(longest - group.length, None))
+        factors = None if f is None else group.gather(ones, f[None]).view(G, 1, 1, -1)
+        if is_explicit:
+            queries = torch.stack([q.view(Hk, -1, S, D)[:, :, stop - n : stop] for _, stop in group.rows], 1)
+            out = _attend(queries, keys, values, factors, limits[corner], None, sinks, rule)  # [Hk, G, g, n, Dv]
+            out = out.permute(1, 3, 0, 2, 4)
+        else:
+            queries = torch.stack([q[:, stop - n : stop] for _, stop in group.rows])  # [G, H, n, D]
+            mask = masks[corner]
+            if factors is not None:
+                mask = mask + _log_factors(factors, band[corner])
+            out = _sdpa(queries, keys.transpose(0, 1), values.transpose(0, 1), 1.0, None, mask, False)
+            out = out.transpose(1, 2)
+        parts += [out[i, n - (stop - start) :] for i, (start, stop) in enumerate(group.rows)]  # [rows, ..., Dv]
     if not parts:
-        return query.new_zeros(S, H, value.shape[-1])
-    return torch.cat(parts, 2).permute(2, 0, 1, 3).reshape(S, H, -1).to(query.dtype)
+        return pack.query.new_zeros(S, H, v.shape[-1])
+    return torch.cat(parts).view(S, H, -1).to(pack.query.dtype)
 
 
-def _segments(
-    factors: Tensor | None, cu_seqlens: Tensor, prefix_start: Tensor, prefix_length: Tensor
-) -> Iterator[_Segment]:
-    bounds, starts, lengths = cu_seqlens.tolist(), prefix_start.tolist(), prefix_length.tolist()
-    changed = [] if factors is None else (factors != 1).tolist()
-    for r, (first, length) in enumerate(zip(starts, lengths, strict=True)):
-        start, stop = bounds[r], bounds[r + 1]
-        rows = [i for i in range(start, stop) if changed[i]] if changed else []
-        lowest, highest = (rows[0], rows[-1] + 1) if rows else (start, start)
-        if stop > start:
-            yield _Segment(start, stop, first, first + length, lowest - start, highest - start)
+class _Group(NamedTuple):
+    """Segments that see equally many keys, and so have their last rows in common with the longest, the first one."""
+
+    rows: list[tuple[int, int]]
+    prefixes: list[tuple[int, int]]
+    length: int
+
+    @property
+    def height(self) -> int:
+        return self.rows[0][1] - self.rows[0][0]
+
+    def gather(self, prefix: Tensor, own: Tensor) -> Tensor:
+        """What belongs to the keys of all segments, along axis 1."""
+        bounds = zip(self.prefixes, self.rows, strict=True)
+        return torch.cat([part for p, r in bounds for part in (prefix[:, slice(*p)], own[:, slice(*r)])], 1)
+
+
+def _groups(bounds: Tensor, prefixes: _Prefixes, heads: int, window: int | None) -> list[_Group]:
+    groups: list[_Group] = []
+    lists = (bounds[:-1].tolist(), bounds[1:].tolist(), prefixes.start.tolist(), prefixes.length.tolist())
+    for start, stop, prefix_start, prefix_length in zip(*lists, strict=True):
+        if start == stop:
+            continue
+        length = prefix_length + stop - start
+        skipped = 0 if window is None else max(0, prefix_length + 1 - window)  # keys that no row reaches
+        rows, prefix = (start, stop), (prefix_start + skipped, prefix_start + prefix_length)
+        if groups and _fits(groups[-1], stop - start, length - skipped, stop, heads):
+            groups[-1].rows.append(rows)
+            groups[-1].prefixes.append(prefix)
+        else:
+            groups.append(_Group([rows], [prefix], length - skipped))
+    return groups
+
+
+def _fits(group: _Group, rows: int, length: int, stop: int, heads: int) -> bool:
+    """Whether a segment may join: its rows, filled up from those before it, are those of the group."""
+    scores = heads * group.height * group.length * (len(group.rows) + 1)
+    is_alike = length == group.length and 0.75 * group.height <= rows <= group.height <= stop
+    return is_alike and scores <= _GROUP_SCORES
+
+
+def _attend_in_one_piece(pack: _Pack, prefixes: _Prefixes, sinks: Tensor | None, rule: _Rule) -> Tensor:
+    """The same as one dense attention with a mask: more work, but a graph that does not depend on the segments."""
+    S, N = pack.query.shape[0], prefixes.key.shape[0]
+    row, column = torch.arange(S, device=pack.query.device), torch.arange(N, device=pack.query.device)
+    segment = torch.searchsorted(pack.bounds, row.to(pack.bounds.dtype), right=True) - 1  # [S]
+    start, length = prefixes.start[segment][:, None], prefixes.length[segment][:, None]
+    shared = (column >= start) & (column < start + length)  # [S, N]
+    own = (segment[:, None] == segment) & (row <= row[:, None])  # [S, S]
+    if rule.window is not None:
+        position = length + (row - pack.bounds[segment])[:, None]
+        shared &= position - (column - start) < rule.window
+        own &= row[:, None] - row < rule.window
+    visible = torch.cat([shared, own], 1)[None, None]
+    q, k, v, k0, v0 = (each.transpose(0, 1)[None] for each in (*pack[:3], *prefixes[:2]))
+    f = None if pack.factors is None else F.pad(pack.factors, (N, 0), value=1.0)[None]
+    keys, values = torch.cat([k0, k], 2), torch.cat([v0, v], 2)
+    return _attend_in_chunks(q, keys, values, f, visible, None, sinks, rule)[0].transpose(0, 1)
 
 
 def _score_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def _shift(scores: Tensor, factors: Tensor, lowest: Tensor) -> Tensor:
-    return torch.where(factors == 1, scores, lowest + (scores - lowest) * factors)
-
-
 def _log_factors(factors: Tensor, visible: Tensor | None) -> Tensor:
     """What to add to the scores: log f, and 0 in rows that would lose all they see."""
+    reads_data = factors.device.type == "cpu" and not torch.compiler.is_compiling()
+    if reads_data and bool((factors > 0).all()):
+        return factors.log()
     remains = factors > 0
     if visible is not None:
         remains = remains & visible
     return torch.where(remains.any(-1, keepdim=True), factors.log(), 0.0)
 
 
-def _all_visible(
-    Tq: int, Tk: int, is_causal: bool, window: int | None, visible: Tensor | None, like: Tensor
-) -> Tensor | None:
-    """`visible`, less the keys that a causal row, or a window, does not reach. None: all keys."""
-    if not is_causal:
-        return visible
-    band = torch.ones(1, 1, Tq, Tk, dtype=torch.bool, device=like.device).tril(Tk - Tq)
-    if window is not None:
-        band = band.triu(Tk - Tq - window + 1)
-    return band if visible is None else visible & band
+def _limit(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number where a key is hidden, the least one elsewhere.
+
+    A maximum with it hides keys from the minimum of a row, a minimum with its negative hides them from the softmax;
+    both are vectorized, and so ten times as fast as `masked_fill`.
+    """
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype, device=visible.device)
+    return torch.where(visible, -largest, largest)
+
+
+def _causal_band(Tq: int, Tk: int, window: int | None, device: torch.device) -> Tensor:
+    """`[1, 1, Tq, Tk]`: the keys that the last Tq of Tk rows see; any lower right part of it is such a band, too."""
+    band = torch.ones(1, 1, Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
+    return band if window is None else band.triu(Tk - Tq - window + 1)
 
 
 def _four_axes(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor[(None,) * (4 - tensor.ndim)]
 
 
-def _rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Rows of a tensor that broadcasts to `[B, H, Tq, Tk]`."""
-    return tensor if tensor.shape[2] == 1 else tensor[:, :, start:stop]
+def _by_group(tensor: Tensor | None, Hk: int) -> Tensor | None:
+    """`[B, H, Tq, Tk]`, or what broadcasts to it, as `[B, Hk, g, Tq, Tk]`."""
+    if tensor is None:
+        return None
+    return tensor[:, None] if tensor.shape[1] == 1 else tensor.unflatten(1, (Hk, -1))
 
 
-def _sdpa_mask(visible: Tensor | None, bias: Tensor | None, query: Tensor) -> Tensor | None:
-    if bias is None:
-        return visible
-    bias = bias.to(query.dtype)
-    return bias if visible is None else torch.where(visible, bias, -torch.inf)
+def _rows_of(tensor: Tensor | None, start: int, rows: int) -> Tensor | None:
+    return tensor if tensor is None or tensor.shape[3] == 1 else tensor[:, :, :, start : start + rows]
