@@ -23,7 +23,7 @@ def register_adapter(model_type: str, adapter: Adapter) -> None:
     Args:
         model_type: `config.model_type` of the models.
         adapter: takes a model and returns a context manager, in which every attention module forms its output by
-            `dispatch(AttentionCall(...))`.
+            `dispatch(AttentionCall(...))`; both are in `hook_atman`.
     """
     _ADAPTERS[model_type] = adapter
 
@@ -38,6 +38,10 @@ def find_adapter(model: PreTrainedModel) -> Adapter | None:
 
 def _built_in(model_type: str) -> Adapter | None:
     """Our own adapters, each imported with its models only."""
+    if model_type == "blip":
+        from .adapter_blip_atman import adapt_blip
+
+        return adapt_blip
     if model_type == "bloom":
         from .adapter_bloom_atman import adapt_bloom
 

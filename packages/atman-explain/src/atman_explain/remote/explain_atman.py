@@ -79,7 +79,7 @@ class AtMan:
             UnsupportedModelError: this model, or this way of explaining it, is not supported.
             ExplanationInterrupted: interrupted from the keyboard; `partial` holds what was computed.
         """
-        config = with_settings(self.config, settings)
+        config = self._router.with_site(with_settings(self.config, settings))
         model = self._router.model
         self._router.check_settings(config)
         prompts, is_single = encode_prompts(self.processor, prompt, images=images)

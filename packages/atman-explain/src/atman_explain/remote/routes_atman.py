@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters_atman import find_adapter
+from .adapter_blip_atman import BlipPasses, at_patches, generate_blip, is_blip, locate_blip_patches
 from .batches_atman import BatchPasses
 from .configuration_atman import AtManConfig
 from .decoder_atman import DecoderInput, DecoderPasses
+from .errors_atman import UnsupportedModelError
 from .images_atman import locate_images
 from .observing_atman import Observation, further_inputs, observe_decoder
-from .passages_atman import Passage, Readout, RunSettings, Suppression
+from .passages_atman import Passage, Readout, RunSettings, Suppression, agree
 from .prompts_atman import EncodedPrompt
 from .seq2seq_atman import (
     Seq2SeqModules,
@@ -30,8 +31,6 @@ from .vision_atman import VisionPasses, check_vision_settings, locate_patches
 
 _TOKENS = {"cpu": 1024}  # positions in one pass: beyond this, activations leave a CPU's cache
 _TOKENS_ON_GPU = 16384
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of read-outs, between two ways of computing the same
-_TOLERANCE_OF_HALF = 0.25
 
 
 class Passes(Protocol):
@@ -62,10 +61,11 @@ class Router:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._modules: tuple[nn.Module, ...] = ()  # not known before the first passage
-        self._can_pack = find_adapter(model) is None
+        self._can_pack = True
         self._is_proven = False  # that packed runs are exact for this model
         self._has_own_code = not type(model).__module__.startswith("transformers.")  # may treat some prompts otherwise
         self._source_modules: Seq2SeqModules | None = None
+        self._is_blip = is_blip(model)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -75,6 +75,10 @@ class Router:
     def token_budget(self, config: AtManConfig) -> int:
         """Positions to compute in one pass."""
         return config.max_tokens_per_batch or _TOKENS.get(self.model.device.type, _TOKENS_ON_GPU)
+
+    def with_site(self, config: AtManConfig) -> AtManConfig:
+        """Settings that name the site of a model that has a single one, other than the decoder."""
+        return at_patches(self.model, config) if self._is_blip else config
 
     def check_settings(self, config: AtManConfig) -> None:
         """Refuse settings that mean nothing for this model.
@@ -111,12 +115,16 @@ class Router:
     def locate_images(self, prompts: Sequence[EncodedPrompt], config: AtManConfig) -> list[EncodedPrompt]:
         """Say where the images are: in their prompts, or in the vision tower if attention is changed there."""
         locate = locate_patches if config.sites == ("vision",) else locate_images
+        if self._is_blip:
+            locate = locate_blip_patches
         return [locate(self.model, prompt) for prompt in prompts]
 
     def generate(self, prompt: EncodedPrompt, max_new_tokens: int) -> tuple[int, ...]:
         """Continue a prompt greedily; without the end-of-sequence token, unless it is all there is."""
         if self.is_encoder_decoder:
             return generate_target(self.model, prompt, max_new_tokens)
+        if self._is_blip:
+            return generate_blip(self.model, prompt, max_new_tokens)
         ids = torch.tensor([prompt.input_ids], device=self.model.device)
         extra = further_inputs(prompt.model_inputs, self.model)
         out = self.model.generate(
@@ -138,7 +146,8 @@ class Router:
         The first packed run of a model, and every one with images or by code that is not transformers' own, is held
         against its plain run. Where they differ,
         for example because a model lets image tokens see later ones, whole rows are run in batches: slower, and exact.
-        A prompt of one token has no suffix, so that it proves nothing.
+        A prompt of one token has no suffix, so that it proves nothing. Hybrids, some of whose layers are recurrent,
+        and models with position bias (ALiBi) run whole rows from the start.
         """
         settings = RunSettings(
             mode=config.mode, heads=config.heads, readout=readout, tokens=tokens, most=config.batch_size
@@ -148,38 +157,60 @@ class Router:
                 self._source_modules = observe_modules(self.model, passages[0])
             return Seq2SeqPasses(self.model, passages, self._source_modules, config, settings)
         if config.sites == ("vision",):
-            return VisionPasses(self.model, passages, config, settings)
-        if config.mode != "shift_min_all" and self._can_pack:
-            longest = max(range(len(passages)), key=lambda n: passages[n].first_row)
-            observed = {
-                n: self._observe(each, readout)
-                for n, each in enumerate(passages)
-                if each.model_inputs or self._has_own_code or (n == longest and not self._is_proven)
-            }
-            if all(each.is_causal for each in observed.values()):
-                inputs = [observed[n].input if n in observed else self._text_input(p) for n, p in enumerate(passages)]
-                packed = DecoderPasses(
-                    self.model,
-                    passages,
-                    with_equal_axes(inputs),
-                    self._modules,
-                    chosen=self._chosen(config),
-                    settings=settings,
-                )
-                dtype = self.model.dtype
-                if all(agree(packed.baseline[n], each.readouts, dtype) for n, each in observed.items()) and (
-                    longest not in observed or agree(packed.probe(longest), observed[longest].readouts, dtype)
-                ):
-                    self._is_proven |= passages[longest].first_row > 0
-                    return packed
-            self._can_pack = False
+            passes = BlipPasses if self._is_blip else VisionPasses
+            return passes(self.model, passages, config, settings)
+        is_known = bool(self._modules)
+        packed = self._open_packed(passages, config, settings) if config.mode != "shift_min_all" else None
+        if packed is not None:
+            return packed
+        whole = [self._observe(each, readout) for each in passages]
+        if self._is_hybrid() and not is_known:
             warnings.warn(
-                f"{type(self.model).__name__} gives other results when the rows after a position are run alone, so "
-                "whole rows are run for every unit: exact, but about twice the work.",
+                f"{type(self.model).__name__} has {self._num_layers()} layers but {len(self._modules)} attention "
+                "modules: units are suppressed in these only, what recurrent layers carry on stays, and whole rows are "
+                "run for every unit.",
                 stacklevel=5,
             )
-        whole = [self._observe(each, readout) for each in passages]
         return BatchPasses(self.model, passages, whole, chosen=self._chosen(config), settings=settings)
+
+    def _open_packed(
+        self, passages: Sequence[Passage], config: AtManConfig, settings: RunSettings
+    ) -> DecoderPasses | None:
+        """Passes over packed suffixes; None where these would not be exact."""
+        if not self._can_pack:
+            return None
+        longest = max(range(len(passages)), key=lambda n: passages[n].first_row)
+        observed = {
+            n: self._observe(each, settings.readout)
+            for n, each in enumerate(passages)
+            if each.model_inputs or self._has_own_code or (n == longest and not self._is_proven)
+        }
+        if self._is_hybrid() or any(each.has_position_bias for each in observed.values()):
+            self._can_pack = False
+            return None
+        if all(each.is_causal for each in observed.values()):
+            inputs = [observed[n].input if n in observed else self._text_input(p) for n, p in enumerate(passages)]
+            packed = DecoderPasses(
+                self.model,
+                passages,
+                with_equal_axes(inputs),
+                self._modules,
+                chosen=self._chosen(config),
+                settings=settings,
+            )
+            dtype = self.model.dtype
+            if all(agree(packed.baseline[n], each.readouts, dtype) for n, each in observed.items()) and (
+                longest not in observed or agree(packed.probe(longest), observed[longest].readouts, dtype)
+            ):
+                self._is_proven |= passages[longest].first_row > 0
+                return packed
+        self._can_pack = False
+        warnings.warn(
+            f"{type(self.model).__name__} gives other results when the rows after a position are run alone, so "
+            "whole rows are run for every unit: exact, but about twice the work.",
+            stacklevel=6,
+        )
+        return None
 
     def steered_modules(self, config: AtManConfig, prompt_ids: tuple[int, ...]) -> frozenset[int]:
         """`id` of modules that hold the attention to change while a model generates; a run finds single layers."""
@@ -187,11 +218,23 @@ class Router:
             passage = Passage(prompt_ids=prompt_ids, target_ids=prompt_ids[:1])
             with evaluation_mode(self.model):
                 return frozenset(id(each) for each in observe_modules(self.model, passage).chosen(config))
+        if self._is_blip:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot be steered by its prompt: its text models compute attention on "
+                "their own."
+            )
         if config.layers is None:
             return frozenset(id(module) for module in self.model.get_decoder().modules())
         with evaluation_mode(self.model):
             self._observe(Passage(prompt_ids=prompt_ids, target_ids=prompt_ids[:1]), Readout())
         return frozenset(id(module) for module in self._chosen(config))
+
+    def _num_layers(self) -> int:
+        return getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
+
+    def _is_hybrid(self) -> bool:
+        """Whether some layers have no attention, so that rows depend on those before them in other ways, too."""
+        return len(self._modules) < self._num_layers()
 
     def _observe(self, passage: Passage, readout: Readout) -> Observation:
         seen = observe_decoder(self.model, passage, readout)
@@ -218,9 +261,3 @@ def with_equal_axes(inputs: Sequence[DecoderInput]) -> list[DecoderInput]:
     shapes = {each.position_ids.shape[:-1]: each.position_ids.ndim for each in inputs}
     widest = max(shapes, key=lambda shape: shapes[shape])
     return [replace(each, position_ids=each.position_ids.expand(*widest, -1)) for each in inputs]
-
-
-def agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways of computing the same read-outs give the same, up to rounding in a dtype."""
-    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_OF_HALF)
-    return bool(((one - other).abs() <= tolerance * other.abs().clamp(min=1.0)).all())

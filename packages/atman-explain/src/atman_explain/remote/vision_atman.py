@@ -98,7 +98,7 @@ class VisionPasses:
     ) -> None:
         self._model = model
         self._settings = settings
-        self._modules = _tower_modules(model, passages[0])
+        self._modules = self._tower_modules(passages[0])
         self._chosen = {id(module) for module in _layers(self._modules, config)}
         self._plain = [self._run_plainly(passage) for passage in passages]
         self.baseline = [each.readouts for each in self._plain]
@@ -149,9 +149,24 @@ class VisionPasses:
 
     def _read(self, passage: Passage, inputs: Mapping[str, Any], rows: int) -> Tensor:
         """Read-outs [R, M] of R equal rows."""
-        logits = forward_rows(self._model, target_rows(passage, self._model), **inputs)
+        logits = self._logits(passage, inputs)
         targets = torch.tensor(passage.target_ids, device=logits.device)
         return self._settings.readout(logits, targets.expand(rows, -1))
+
+    def _logits(self, passage: Passage, inputs: Mapping[str, Any]) -> Tensor:
+        """Logits [R, M, V] of the rows that predict the target."""
+        return forward_rows(self._model, target_rows(passage, self._model), **inputs)
+
+    def _tower_modules(self, passage: Passage) -> tuple[nn.Module, ...]:
+        """The self-attention modules of the model's tower, in the order of their first call."""
+        counter = _KeyCounter()
+        with active(counter):
+            self._logits(passage, plain_inputs(passage, self._model))
+        inside = {id(module) for module in self._model.get_decoder().modules()}
+        modules = tuple(m for m in counter.called if id(m) not in inside and counter.is_self[id(m)])
+        if not modules:
+            raise _unsupported(self._model, "does not call attention through transformers' interface")
+        return modules
 
 
 class _SuppressedPatches(Intervention):
@@ -195,18 +210,6 @@ class _KeyCounter(Intervention):
         self.keys[name] = self.keys.get(name, 0) + call.key.shape[0] * keys
         self.is_self[name] = self.is_self.get(name, True) and call.query.shape[2] == keys
         return call.attend()
-
-
-def _tower_modules(model: PreTrainedModel, passage: Passage) -> tuple[nn.Module, ...]:
-    """The self-attention modules of a model's tower, in the order of their first call."""
-    counter = _KeyCounter()
-    with active(counter):
-        forward_rows(model, target_rows(passage, model), **plain_inputs(passage, model))
-    inside = {id(module) for module in model.get_decoder().modules()}
-    modules = tuple(m for m in counter.called if id(m) not in inside and counter.is_self[id(m)])
-    if not modules:
-        raise _unsupported(model, "does not call attention through transformers' interface")
-    return modules
 
 
 def _layers(modules: Sequence[nn.Module], config: AtManConfig) -> list[nn.Module]:
