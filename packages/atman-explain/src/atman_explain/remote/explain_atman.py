@@ -105,7 +105,7 @@ class AtMan:
 
     def _run(self, work: Sequence[Work], config: AtManConfig) -> list[Explanation]:
         for each in work:
-            self._router.check_length(each.passage)
+            self._router.check_passage(each.passage)
             if config.attribute_target:
                 each.units += target_units(
                     each.passage.target_ids, each.target_texts, first_column=len(each.passage.prompt_ids)

@@ -95,12 +95,15 @@ class Router:
         elif "vision" in (config.sites or ()):
             check_vision_settings(config)
 
-    def check_length(self, passage: Passage) -> None:
+    def check_passage(self, passage: Passage) -> None:
         """Refuse what does not fit into the model.
 
         Raises:
-            ValueError: prompt and target are longer than the model's positions.
+            ValueError: prompt and target are longer than the model's positions, or have ids that it does not know.
         """
+        self._check_ids("target", passage.target_ids)
+        if not passage.model_inputs:  # ids that stand for images may lie outside
+            self._check_ids("prompt", passage.prompt_ids)
         if self.is_encoder_decoder:
             check_lengths(self.model, passage)
             return
@@ -111,6 +114,11 @@ class Router:
                 f"{len(passage.target_ids)} of the target, whose last is not read), but the model has {limit}; shorten "
                 "one of them."
             )
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        embedding = self.model.get_input_embeddings()  # looked up out of range, it would bring down a GPU
+        if isinstance(embedding, nn.Embedding) and max(ids) >= embedding.num_embeddings:
+            raise ValueError(f"{name} must have ids in [0, {embedding.num_embeddings}), got {max(ids)}.")
 
     def locate_images(self, prompts: Sequence[EncodedPrompt], config: AtManConfig) -> list[EncodedPrompt]:
         """Say where the images are: in their prompts, or in the vision tower if attention is changed there."""
@@ -125,6 +133,10 @@ class Router:
             return generate_target(self.model, prompt, max_new_tokens)
         if self._is_blip:
             return generate_blip(self.model, prompt, max_new_tokens)
+        longest = (0,) * max_new_tokens
+        self.check_passage(
+            Passage(prompt_ids=prompt.input_ids, target_ids=longest, model_inputs=prompt.model_inputs)
+        )
         ids = torch.tensor([prompt.input_ids], device=self.model.device)
         extra = further_inputs(prompt.model_inputs, self.model)
         out = self.model.generate(

@@ -39,6 +39,11 @@ class Work:
                 f"The model's logits for the target {self.target_texts} are NaN before anything is suppressed; check "
                 "the model's weights and dtype."
             )
+        if baseline.isinf().any():
+            raise ValueError(
+                f"target has a token of probability 0, whose loss nothing can raise: {self.target_texts} have the "
+                f"read-outs {baseline.tolist()}."
+            )
         self.baseline = baseline.cpu()
         self.readouts = torch.full((len(self.units), len(baseline)), torch.nan, dtype=self.baseline.dtype)
 
