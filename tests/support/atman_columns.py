@@ -33,7 +33,9 @@ def _attention(
         if position_bias is not None:
             scores = scores + position_bias[0, :, i]
         seen = torch.ones(Tk, dtype=torch.bool)
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.dtype != torch.bool:  # bias that is called a mask
+            scores = scores + attention_mask[0, :, i]
+        elif attention_mask is not None:
             seen = attention_mask[min(b, len(attention_mask) - 1), 0, i]
         elif getattr(module, "is_causal", False):
             seen = torch.arange(Tk) <= i
