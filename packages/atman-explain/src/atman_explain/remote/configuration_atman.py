@@ -118,6 +118,11 @@ class AtManConfig:
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.sites, str):
             object.__setattr__(self, "sites", (self.sites,))
+        for name in ("exclude", "layers", "heads", "tiles"):
+            _check_integers(name, getattr(self, name))
+        for name in ("layers", "heads", "sites"):
+            if getattr(self, name) == ():
+                raise ValueError(f"{name} must not be empty, which would change no attention; None means all.")
         if self.delimiter is not None:
             object.__setattr__(self, "granularity", "delimiter")
         self._check_choices()
@@ -183,6 +188,11 @@ def with_settings(config: AtManConfig | None, settings: dict[str, Any]) -> AtMan
     """Single settings over those of a configuration; over the defaults, if there is none."""
     config = config or AtManConfig()
     return AtManConfig.from_dict({**config.to_dict(), **settings}) if settings else config
+
+
+def _check_integers(name: str, values: object) -> None:
+    if values is not None and not (isinstance(values, tuple) and all(type(value) is int for value in values)):
+        raise ValueError(f"{name} must be a list or tuple of integers, got {values!r}.")
 
 
 def check_factor(name: str, value: float | None) -> None:

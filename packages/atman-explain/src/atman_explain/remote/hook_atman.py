@@ -90,8 +90,11 @@ class Intervention(ABC):
 
 def only_heads(changed: Tensor, plain: Tensor, heads: Sequence[int], dim: int) -> Tensor:
     """Take some heads of a changed attention output and the others of the plain one."""
+    count = plain.shape[dim]
+    if outside := [head for head in heads if not -count <= head < count]:
+        raise ValueError(f"heads must lie in [0, {count}), got {outside[0]}.")
     out = plain.clone()
-    index = torch.tensor(list(heads), device=out.device)
+    index = torch.tensor([head % count for head in heads], device=out.device)
     return out.index_copy_(dim, index, changed.index_select(dim, index))
 
 

@@ -85,9 +85,15 @@ class Router:
 
         Raises:
             ValueError: a site is one that the model does not have, or target tokens cannot be units.
+            UnsupportedModelError: the model has no language modeling head.
         """
         if self.is_encoder_decoder:
             check_settings(self.model, config)
+        elif not (self._is_blip or self.model.can_generate()):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does not continue a text, so it has no target to explain; load the model "
+                "with AutoModelForCausalLM or the like. For classifiers of images see explain_classifier."
+            )
         elif missing := [site for site in config.sites or () if site in ("encoder", "cross")]:
             raise ValueError(
                 f"sites must not have {missing[0]!r} for {type(self.model).__name__}, which is no encoder-decoder."
@@ -134,9 +140,7 @@ class Router:
         if self._is_blip:
             return generate_blip(self.model, prompt, max_new_tokens)
         longest = (0,) * max_new_tokens
-        self.check_passage(
-            Passage(prompt_ids=prompt.input_ids, target_ids=longest, model_inputs=prompt.model_inputs)
-        )
+        self.check_passage(Passage(prompt_ids=prompt.input_ids, target_ids=longest, model_inputs=prompt.model_inputs))
         ids = torch.tensor([prompt.input_ids], device=self.model.device)
         extra = further_inputs(prompt.model_inputs, self.model)
         out = self.model.generate(

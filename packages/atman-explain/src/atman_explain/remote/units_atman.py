@@ -223,6 +223,8 @@ def _span_units(prompt: EncodedPrompt, spans: Sequence[tuple[int, int]], overlap
 
 
 def _chunk_units(prompt: EncodedPrompt, chunks: Sequence[Sequence[int]]) -> list[Unit]:
+    if not chunks or any(isinstance(chunk, (int, str)) for chunk in chunks):
+        raise ValueError(f"chunks must be lists of columns, such as [[0, 1], [4]], got {chunks!r}.")
     seen: set[int] = set()
     found = []
     for index, chunk in enumerate(chunks):
