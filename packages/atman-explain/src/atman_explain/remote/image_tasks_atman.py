@@ -12,8 +12,8 @@ from .classifying_atman import Task, class_logits, head_facts
 from .errors_atman import UnsupportedModelError
 from .hook_atman import active, in_this_thread
 from .observing_atman import Observer, further_inputs
+from .passages_atman import agree
 from .prompts_atman import EncodedPrompt, ImageColumns
-from .routes_atman import agree
 
 _MOST_LEADING = 16  # class tokens and registers before the patches
 
@@ -75,7 +75,7 @@ def text_image_task(
         return compare(found if isinstance(found, Tensor) else found.pooler_output)
 
     logits, columns = _observe(model, pixels, run)
-    if not agree(logits, plain.logits_per_image[0], logits.dtype):
+    if not agree(logits, plain.logits_per_image[0], model.dtype):
         raise _no_cosine(model)
     has_alternatives = len(names) > 1 or (candidates is not None and is_sigmoid(model))
     return Task(run=run, logits=logits, names=names, has_alternatives=has_alternatives, **columns)
