@@ -392,7 +392,20 @@ def test_training_mode_and_attention_are_left_as_they_were() -> None:
     assert {part.config._attn_implementation for part in parts} == {"sdpa"}
 
 
-def test_half_precision_is_read_in_float32() -> None:
+@pytest.mark.parametrize(("family", "inputs"), [("vit", PIXELS), ("bert", TOKENS), ("llama", TOKENS)])
+def test_heads_of_half_precision_are_formed_in_float32(family: str, inputs: Any) -> None:
+    model = (image_model() if family == "vit" else text_model(family)).to(torch.bfloat16)
+    found = explain_classifier(model, None, inputs, 0)
+    assert found.baseline_logprobs.dtype == torch.float32
+    tensors = {"pixel_values": PIXELS.bfloat16()} if family == "vit" else {"input_ids": torch.tensor([inputs])}
+    logits = plain(model, **tensors)
+    expected = logits.float().log_softmax(-1)[:1]
+    torch.testing.assert_close(found.baseline_logprobs, expected, rtol=0.02, atol=0.05)
+    logit = explain_classifier(model, None, inputs, 0, delta="logit").baseline_logprobs
+    assert logit.ne(logit.bfloat16().float()).all()
+
+
+def test_comparisons_of_half_precision_are_formed_in_float32() -> None:
     model = pair_model().to(torch.bfloat16)
     found = explain_classifier(model, None, PAIR, 0, candidates=LABELS)
     assert found.scores.dtype == torch.float32

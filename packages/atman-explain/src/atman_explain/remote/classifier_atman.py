@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from .batches_atman import tiled
-from .classifying_atman import ClassifierPasses, SigmoidReadout, Task, class_logits, find_class, head_facts
+from .classifying_atman import ClassifierPasses, SigmoidReadout, Task, find_class, head_facts, head_runner
 from .configuration_atman import AtManConfig, with_settings
 from .errors_atman import UnsupportedModelError
 from .explanation_atman import Explanation
@@ -104,10 +104,7 @@ def _text_task(model: PreTrainedModel, processor: Any, inputs: Any) -> Task:
     ids = torch.tensor([prompt.input_ids], device=model.device)
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **further_inputs(prompt.model_inputs, model)}
     further = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-
-    def run(n: int) -> Tensor:
-        return class_logits(model, model(**tiled(row, n), **further))
-
+    run = head_runner(model, lambda n: model(**tiled(row, n), **further))
     observer = Observer()
     with active(observer):
         logits = run(1)[0]

@@ -1,5 +1,6 @@
 """Passes of classifiers: whole rows, one output for each, whatever the input is."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -12,8 +13,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .errors_atman import UnsupportedModelError
-from .hook_atman import active
-from .passages_atman import Readout, RunSettings, Suppression, pack
+from .hook_atman import active, in_this_thread
+from .passages_atman import Readout, RunSettings, Suppression, float32_product, pack
 from .prompts_atman import EncodedPrompt
 from .suppressing_atman import SuppressedColumns
 
@@ -126,12 +127,31 @@ def find_class(label: int | str | None, task: Task) -> int:
     raise ValueError(f"label must be {_choices(label, task.names)}, got {label!r}.")
 
 
-def class_logits(model: PreTrainedModel, output: Any) -> Tensor:
-    """The logits [n, C] in a classifier's output.
+def head_runner(model: PreTrainedModel, forward: Callable[[int], Any]) -> Callable[[int], Tensor]:
+    """Make a `Task.run` of a model with a classification head.
+
+    Args:
+        model: in eval mode.
+        forward: runs n equal rows of an input; the model's output.
+
+    Returns:
+        A function that gives logits [n, C], formed in float32 where the head is a linear layer of lower precision.
 
     Raises:
-        UnsupportedModelError: there are none, or more than one row of them per input.
+        UnsupportedModelError: the output has no logits, or more than one row of them per input.
     """
+    last = _last_linear(model, forward) if model.dtype in (torch.bfloat16, torch.float16) else None
+
+    def run(n: int) -> Tensor:
+        with contextlib.ExitStack() as hooks:
+            if last is not None:
+                hooks.callback(last.register_forward_hook(in_this_thread(float32_product)).remove)
+            return _class_logits(model, forward(n))
+
+    return run
+
+
+def _class_logits(model: PreTrainedModel, output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
     if logits is None or logits.ndim != 2:
         found = "none" if logits is None else f"shape {list(logits.shape)}"
@@ -140,6 +160,18 @@ def class_logits(model: PreTrainedModel, output: Any) -> Tensor:
             "the model with a classification head."
         )
     return logits
+
+
+def _last_linear(model: PreTrainedModel, forward: Callable[[int], Any]) -> nn.Linear | None:
+    """The linear layer that forms the logits, if one does."""
+    called: list[nn.Linear] = []
+    note = in_this_thread(lambda module, *_: called.append(module))
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                hooks.callback(module.register_forward_hook(note).remove)
+        logits = _class_logits(model, forward(1))
+    return called[-1] if called and called[-1].out_features == logits.shape[1] else None
 
 
 def head_facts(model: PreTrainedModel, logits: Tensor) -> dict[str, Any]:

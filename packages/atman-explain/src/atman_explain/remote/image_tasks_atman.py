@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .batches_atman import tiled
-from .classifying_atman import Task, class_logits, head_facts
+from .classifying_atman import Task, head_facts, head_runner
 from .errors_atman import UnsupportedModelError
 from .hook_atman import active, in_this_thread
 from .observing_atman import Observer, further_inputs
@@ -42,9 +42,7 @@ def image_task(model: PreTrainedModel, processor: Any, inputs: Any) -> Task:
     """
     pixels = _pixels(model, processor, inputs)
 
-    def run(n: int) -> Tensor:
-        return class_logits(model, model(**tiled(pixels, n)))
-
+    run = head_runner(model, lambda n: model(**tiled(pixels, n)))
     logits, columns = _observe(model, pixels, run)
     return Task(run=run, **columns, **head_facts(model, logits))
 

@@ -114,7 +114,7 @@ def forward_rows(model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
     head = model.get_output_embeddings()
     with contextlib.ExitStack() as hooks:
         if isinstance(head, nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16):
-            hooks.callback(head.register_forward_hook(in_this_thread(_float32_product)).remove)
+            hooks.callback(head.register_forward_hook(in_this_thread(float32_product)).remove)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             return model(**inputs, logits_to_keep=rows).logits
         if head is not None:
@@ -124,7 +124,7 @@ def forward_rows(model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
         return model(**inputs).logits[:, rows]
 
 
-def _float32_product(head: nn.Linear, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+def float32_product(head: nn.Linear, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
     """Form logits in float32: differences of log-probabilities below 0.01 drown in bfloat16."""
     hidden, weight, bias = args[0].float(), head.weight, head.bias
     rows = max(1, _HEAD_CHUNK // weight.shape[1])
