@@ -145,7 +145,8 @@ class VisionPasses:
         if others:
             raise _unsupported(self._model, "has layers with different keys")
         places = _patch_places(self._model, passage.model_inputs, columns)
-        return _Plain(passage, inputs, readouts[0], columns, places, seen["features"][places.to(self._model.device)])
+        features = seen["features"]
+        return _Plain(passage, inputs, readouts[0], columns, places, features[places.to(features.device)])
 
     def _read(self, passage: Passage, inputs: Mapping[str, Any], rows: int) -> Tensor:
         """Read-outs [R, M] of R equal rows."""
