@@ -1,4 +1,4 @@
-"""Registers with transformers once the parts of it that matter are in use, without importing them.
+"""Registers with transformers and inseq once the parts of them that matter are in use, without importing them.
 
 Importing transformers here would cost seconds; waiting for a call of `register()` would make `pipeline("explain")` an
 unknown task although this package is there. So an import hook watches modules being loaded, and leaves when done.
@@ -16,21 +16,23 @@ PACKAGE = __name__.rpartition(".")[0]
 ACTIONS = {
     "transformers.modeling_utils": "register_attention",
     "transformers.pipelines": "register_pipeline",
+    "inseq": "register_inseq",
 }
 """What `registration` has to do once a module is loaded."""
 
 
 class _Watcher(MetaPathFinder):
-    """Acts when the outermost import in progress from transformers is done: before, modules may be half loaded."""
+    """Acts when the outermost import in progress of a watched package is done: before, modules may be half loaded."""
 
     def __init__(self) -> None:
         self._open = dict(ACTIONS)
+        self._packages = {name.partition(".")[0] for name in (*ACTIONS, PACKAGE)}
         self._depth = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] != "transformers":
+        if fullname.partition(".")[0] not in self._packages:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -46,40 +48,41 @@ class _Watcher(MetaPathFinder):
                 load(module)
             finally:
                 self._depth -= 1
-            self.act()
+            self.act(loaded=module.__name__)
 
         spec.loader.exec_module = load_and_act  # type: ignore[union-attr, method-assign]
 
-    def act(self) -> None:
-        """Do what is due."""
-        if self._depth or _is_half_loaded():
+    def act(self, loaded: str | None = None) -> None:
+        """Do what is due. `loaded` is a module that has just run, which Python still takes for half loaded."""
+        if self._depth or _is_half_loaded(loaded):
             return
         for name in [name for name in self._open if name in sys.modules]:
             action = self._open.pop(name, None)
             if action is not None:  # else the import below was here before
-                _register(action)
+                _register(name.partition(".")[0], action)
         if not self._open and self in sys.meta_path:
             sys.meta_path.remove(self)
 
 
-def _register(action: str) -> None:
+def _register(library: str, action: str) -> None:
     try:
         getattr(import_module(f"{PACKAGE}.registration"), action)()
-    except ImportError as error:  # an unsuitable torch or transformers must not break the import in progress
+    except ImportError as error:  # an unsuitable version must not break the import in progress
         warnings.warn(
-            f"{PACKAGE} cannot register with transformers: {error}. {PACKAGE}.register() shows where.",
+            f"{PACKAGE} cannot register with {library}: {error}. {PACKAGE}.register() shows where.",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
-def _is_half_loaded() -> bool:
-    names = [name for name in sys.modules if name.startswith(f"{PACKAGE}.") or name in ACTIONS]
+def _is_half_loaded(loaded: str | None) -> bool:
+    """Whether one of our modules, or one we wait for, is being imported; `loaded` is not."""
+    names = {name for name in list(sys.modules) if name.startswith(f"{PACKAGE}.") or name in ACTIONS} - {loaded}
     return any(getattr(getattr(sys.modules[name], "__spec__", None), "_initializing", False) for name in names)
 
 
 def install() -> None:
-    """Start watching; act now if transformers is in use already."""
+    """Start watching; act now if there is something in use already."""
     watcher = _Watcher()
     sys.meta_path.insert(0, watcher)
     watcher.act()

@@ -1,4 +1,7 @@
-"""Tells transformers about the attention function "atman" and the pipeline task "explain"."""
+"""Tells transformers about the attention function "atman" and the task "explain", inseq about the method "atman"."""
+
+import sys
+from importlib import import_module
 
 
 def register_attention() -> None:
@@ -20,10 +23,15 @@ def register_pipeline() -> None:
         PIPELINE_REGISTRY.register_pipeline("explain", pipeline_class=ExplainPipeline, pt_model=models, type="text")
 
 
-def register() -> None:
-    """Register everything now, and with inseq if it is installed.
+def register_inseq() -> None:
+    """Make `inseq.load_model(model, "atman")` known. Calling it again changes nothing."""
+    import_module(".integrations.inseq", __package__)
 
-    `import atman_explain` does this by itself as soon as transformers is in use; call it to see why it did not.
+
+def register() -> None:
+    """Register everything now, with inseq if it is in use.
+
+    `import atman_explain` does this by itself as soon as transformers or inseq is; call it to see why it did not.
 
     Example:
         >>> import atman_explain
@@ -31,3 +39,5 @@ def register() -> None:
     """
     register_attention()
     register_pipeline()
+    if "inseq" in sys.modules:
+        register_inseq()
