@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 PROJECTS := shared-kernels $(sort $(patsubst %/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)))
 SOURCES := $(wildcard shared-kernels/src packages/*/src)
 TOOLS := torch "triton; platform_system == 'Linux'" hatchling editables pytest pytest-xdist pytest-timeout hypothesis ruff mypy \
-	transformers accelerate peft datasets trl lm_eval kernels matplotlib pillow
+	transformers accelerate peft datasets trl lm_eval kernels matplotlib pillow captum diffusers inseq scikit-learn
 KEY := $(shell { grep -A1 '^TOOLS' Makefile; cat constraints.txt $(PROJECTS:%=%/pyproject.toml); } | cksum | cut -d' ' -f1)
 
 export OMP_NUM_THREADS ?= 1
@@ -70,4 +70,5 @@ bench: venv  ## benchmarks on this machine
 	$(BIN)/python -m benchmarks
 
 miniatures: venv  ## retrain the small models
+	$(BIN)/python -m miniatures.captioner.train --out miniatures/captioner/checkpoint
 	$(BIN)/python -m miniatures.tfree.train --steps 3000 --sampled-words 4096 --out miniatures/tfree/checkpoint

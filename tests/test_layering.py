@@ -10,7 +10,7 @@ from tests.support.imports import imports_of
 from tests.support.tree import DISTRIBUTIONS, IMPORT_NAMES, Distribution
 
 REMOTE_MAY_IMPORT = {"huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
-NEEDS_AN_EXTRA = {"PIL", "accelerate", "datasets", "kernels", "matplotlib", "peft", "triton", "trl", "yaml"}
+NEEDS_AN_EXTRA = {"PIL", "accelerate", "captum", "datasets", "diffusers", "inseq", "kernels", "matplotlib", "peft", "triton", "trl", "yaml"}
 REMOTE_FILES = [path for each in DISTRIBUTIONS for path in sorted(each.remote.glob("*.py"))]
 
 by_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda each: each.name)
@@ -64,7 +64,8 @@ def test_optional_dependencies_are_imported_late_or_in_try(distribution):
     for path in sources(distribution):
         for each in imports_of(path):
             is_kernel = path.name == "kernel.py" and each.top == "triton"
-            if each.level == 0 and each.top in NEEDS_AN_EXTRA and not is_kernel:
+            is_integration = path.parent.name == "integrations" and each.top == path.stem
+            if each.level == 0 and each.top in NEEDS_AN_EXTRA and not (is_kernel or is_integration):
                 assert each.in_try or each.in_function, f"{path.name}, line {each.line} imports {each.module}"
 
 

@@ -28,6 +28,20 @@ print(f"{name} {package.__version__}: {len(package.__all__)} public names")
 """
 
 USE = {
+    "atman-explain": """
+import torch, atman_explain
+from transformers import LlamaConfig, LlamaForCausalLM, pipeline
+torch.manual_seed(0)
+sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
+found = atman_explain.explain(model, None, [1, 2, 3, 4], target=[5, 6])
+assert found.scores.shape == (2, 4) and found.scores.abs().max() > 0, found.scores
+again = atman_explain.Explanation.from_dict(found.to_dict())
+assert torch.equal(again.scores, found.scores)
+assert found._repr_html_().startswith("<") and "units" in str(found)
+with atman_explain.steer(model, factors=[1.0, 0.0, 1.0, 3.0]):
+    model.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=3, do_sample=False)
+""",
     "shared-kernels": """
 import torch
 from shared_kernels import csr_gather_sum

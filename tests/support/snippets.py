@@ -1,7 +1,7 @@
 """Code blocks of Markdown pages, run as a reader would run them: from top to bottom, in one session per page.
 
 `python` blocks are executed; those written as `>>>` sessions must print what they show. In `console` blocks the lines
-that start with `python` or `tfree`, after `$ ` or not, are executed. A block after the comment
+that start with `python`, `tfree` or `atman-explain`, after `$ ` or not, are executed. A block after the comment
 `<!-- not run: reason -->` is left out.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = re.compile(r"(?P<skip><!-- not run: [^>]+ -->\s*)?^```(?P<language>\w+)\n(?P<code>.*?)^```", re.M | re.S)
-RUN = ("python ", "tfree ")
+RUN = ("python ", "tfree ", "atman-explain ")
 
 
 @dataclass(frozen=True)

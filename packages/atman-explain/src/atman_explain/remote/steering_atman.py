@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .configuration_atman import AtManConfig, check_factor
+from .configuration_atman import AtManConfig, Mode, check_factor
 from .hook_atman import active, active_interventions
 from .prompts_atman import EncodedPrompt, encode_prompts
 from .routes_atman import Router
@@ -30,8 +30,8 @@ def steer(
     *,
     factors: Any = None,
     images: Any = None,
-    mode: str = "shift_min",
-    overlap: str = "complete",
+    mode: Mode = "shift_min",
+    overlap: Literal["complete", "partial"] = "complete",
     occurrence: int | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
