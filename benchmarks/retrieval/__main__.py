@@ -16,9 +16,9 @@ _HEADER = """\
 # Does the explanation point at the evidence?
 
 A Llama of 0.1 M parameters answers "value of this key?" from a prompt of six facts and ten fillers; one token is the
-evidence. {prompts} held-out prompts per seed, answered right in {accuracy} of the cases. Mean and standard deviation
-over seeds {seeds}. mAP: mean average precision of the evidence among the prompt's tokens. Deletion: probability of the answer
-after the attention to the top token is removed; lower is better. Read differences below 0.02 as ties.
+evidence. {prompts} held-out prompts per seed; share answered right: {accuracy}. Mean and standard deviation over the
+seeds {seeds}. mAP: mean average precision of the evidence among the prompt's tokens. Deletion: probability of the
+answer once no row attends to the top token; lower is better. Read differences below 0.02 as ties.
 
 `python -m benchmarks.retrieval` makes this table.
 

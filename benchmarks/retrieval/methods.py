@@ -54,8 +54,8 @@ def summed(scores: Tensor) -> Tensor:
 
 
 def magnitude(scores: Tensor) -> Tensor:
-    """Absolute value of the sum over the hidden size."""
-    return scores.sum(-1).abs()
+    """Sum of absolute values over the hidden size."""
+    return scores.abs().sum(-1)
 
 
 def occlusion(model: LlamaForCausalLM, prompts: Prompts) -> Tensor:

@@ -123,8 +123,10 @@ class Router:
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         embedding = self.model.get_input_embeddings()  # looked up out of range, it would bring down a GPU
-        if isinstance(embedding, nn.Embedding) and max(ids) >= embedding.num_embeddings:
-            raise ValueError(f"{name} must have ids in [0, {embedding.num_embeddings}), got {max(ids)}.")
+        if isinstance(embedding, nn.Embedding):
+            known = max(embedding.num_embeddings, self.model.config.get_text_config().vocab_size)  # T-FREE: few rows
+            if max(ids) >= known:
+                raise ValueError(f"{name} must have ids in [0, {known}), got {max(ids)}.")
 
     def locate_images(self, prompts: Sequence[EncodedPrompt], config: AtManConfig) -> list[EncodedPrompt]:
         """Say where the images are: in their prompts, or in the vision tower if attention is changed there."""
