@@ -318,6 +318,14 @@ def test_a_short_first_prompt_does_not_hide_that_suffixes_are_not_exact(
     close(together[1].scores, reference_scores(stubborn, PROMPT, TARGET))
 
 
+def test_whole_rows_prove_nothing_about_suffixes(stubborn: PreTrainedModel) -> None:
+    atman = AtMan(stubborn)
+    atman.explain(list(PROMPT), target=list(TARGET), mode="shift_min_all")
+    with pytest.warns(UserWarning, match="whole rows"):
+        found = atman.explain(list(PROMPT), target=list(TARGET))
+    close(found.scores, reference_scores(stubborn, PROMPT, TARGET))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_whole_rows_of_several_padded_prompts(llama: PreTrainedModel, side: str) -> None:
     rows, targets = [list(PROMPT), list(PROMPT[3:8])], [list(TARGET), [30]]
