@@ -4,10 +4,11 @@ import argparse
 import time
 from pathlib import Path
 
+from examples.atman import atman_section
 from examples.page import write_page
 from examples.tfree import tfree_section
 
-SECTIONS = (tfree_section,)
+SECTIONS = (tfree_section, atman_section)
 
 
 def main() -> None:
