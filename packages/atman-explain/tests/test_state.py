@@ -467,6 +467,23 @@ def test_bfloat16_with_factor_one_scores_exactly_zero(mode: str) -> None:
     assert not explained(tiny_model("llama").bfloat16(), factor=1.0, mode=mode).scores.any()
 
 
+@pytest.mark.filterwarnings("error:.*whole rows")
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode: str) -> None:
+    model = tiny_model("llama").float()
+    expected = explained(model, mode=mode).scores
+    with torch.autocast("cpu", torch.bfloat16):
+        found = explained(model, mode=mode)
+    assert found.scores.dtype == torch.float32
+    close(found.scores, expected, atol=0.5)
+
+
+def test_inference_mode(llama: PreTrainedModel) -> None:
+    with torch.inference_mode():
+        found = explained(llama, kappa=0.1)
+    close(found.scores.clone(), reference_scores(llama, PROMPT, TARGET, kappa=0.1))
+
+
 # An "atman" model outside an explanation.
 
 

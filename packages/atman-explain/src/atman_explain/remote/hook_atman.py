@@ -130,7 +130,8 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 def dispatch(call: AttentionCall) -> Tensor:
     """Attention [B, H, Tq, Dv] as the intervention of this context wants it; plain, if there is none."""
     intervention = intervention_for(call.module)
-    return call.attend() if intervention is None else intervention.attend(call)
+    with torch.autocast(call.query.device.type, enabled=False):  # scores are wider than what autocast makes of them
+        return call.attend() if intervention is None else intervention.attend(call)
 
 
 def atman_attention_forward(
@@ -178,6 +179,7 @@ def atman_attention_forward(
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:  # the empty end of a static cache
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    key, value = key.to(query.dtype), value.to(query.dtype)  # autocast leaves values behind rotated keys
     visible, bias = _split_mask(attention_mask, position_bias)
     call = AttentionCall(
         module=module,

@@ -216,7 +216,8 @@ class Router:
                 chosen=self._chosen(config),
                 settings=settings,
             )
-            dtype = self.model.dtype
+            device = self.model.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
             if all(agree(packed.baseline[n], each.readouts, dtype) for n, each in observed.items()) and (
                 longest not in observed or agree(packed.probe(longest), observed[longest].readouts, dtype)
             ):
