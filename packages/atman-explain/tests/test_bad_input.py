@@ -330,3 +330,11 @@ def test_attention_weights_are_not_silently_missing(llama: PreTrainedModel) -> N
                 return_dict_in_generate=True,
             )  # fmt: skip
     assert llama(input_ids=ids).logits.isfinite().all()
+
+
+def test_settings_of_the_wrong_type_are_named():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"config must be an AtManConfig, got dict; see AtManConfig.from_dict"):
+        AtMan(model, None, {"factor": 0.5})
+    with pytest.raises(ValueError, match=r"factor must be finite and not negative .*got '0.1'"):
+        AtMan(model, None, factor="0.1")

@@ -186,7 +186,9 @@ class AtManConfig:
 
 def with_settings(config: AtManConfig | None, settings: dict[str, Any]) -> AtManConfig:
     """Single settings over those of a configuration; over the defaults, if there is none."""
-    config = config or AtManConfig()
+    config = AtManConfig() if config is None else config
+    if not isinstance(config, AtManConfig):
+        raise ValueError(f"config must be an AtManConfig, got {type(config).__name__}; see AtManConfig.from_dict.")
     return AtManConfig.from_dict({**config.to_dict(), **settings}) if settings else config
 
 
@@ -197,5 +199,5 @@ def _check_integers(name: str, values: object) -> None:
 
 def check_factor(name: str, value: float | None) -> None:
     """Refuse factors that are negative, infinite or not a number."""
-    if value is not None and not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative (0 removes, 1 keeps, 2 doubles), got {value}.")
+    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative (0 removes, 1 keeps, 2 doubles), got {value!r}.")

@@ -128,7 +128,8 @@ def _restore(implementations: list[tuple[PreTrainedConfig, str | None]]) -> None
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     given |= given.get("kwargs", {})
-    if given.get("output_attentions"):
+    wants_weights = given.get("output_attentions")
+    if model.config.output_attentions if wants_weights is None else wants_weights:
         raise ValueError(
             "output_attentions=True is not available while AtMan acts on the model, because no attention weights are "
             'formed; ask for them outside, with model.set_attn_implementation("eager").'
