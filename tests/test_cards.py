@@ -3,12 +3,13 @@
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from tests.support.snippets import run_page
 from tests.support.tree import ROOT
 
 CARDS = sorted(ROOT.glob("miniatures/*/checkpoint/README.md"))
+AUTO_CLASSES = {"text-generation": AutoModelForCausalLM, "image-text-to-text": AutoModelForImageTextToText}
 
 by_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.parent.name)
 
@@ -33,8 +34,9 @@ def test_the_folder_works_the_same_once_it_is_pushed(card, repo_id):
     HfApi().create_repo(repo_id)
     pushed = HfApi().upload_folder(repo_id=repo_id, folder_path=card.parent)
     trusted = {"trust_remote_code": True}
-    here = AutoModelForCausalLM.from_pretrained(card.parent, **trusted).eval()
-    there = AutoModelForCausalLM.from_pretrained(repo_id, revision=pushed.oid, **trusted).eval()
+    auto_class = AUTO_CLASSES[ModelCard.load(card).data.pipeline_tag]
+    here = auto_class.from_pretrained(card.parent, **trusted).eval()
+    there = auto_class.from_pretrained(repo_id, revision=pushed.oid, **trusted).eval()
     inputs = AutoTokenizer.from_pretrained(repo_id, revision=pushed.oid, **trusted)("A test.", return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(here(**inputs).logits, there(**inputs).logits)

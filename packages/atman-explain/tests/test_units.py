@@ -277,7 +277,7 @@ def test_chunks_are_units_in_the_given_order():
         ([[0, 3]], r"chunks\[0\] must hold columns in \[-3, 2\], got 3"),
         ([[True]], r"chunks\[0\] must hold columns in \[-3, 2\], got True"),
         ([["a"]], r"chunks\[0\] must hold columns in \[-3, 2\], got 'a'"),
-        ([], "leaves no unit"),
+        ([], r"chunks must be lists of columns, such as .*got \(\)"),
     ],
 )
 def test_bad_chunks_are_refused(chunks, message):
