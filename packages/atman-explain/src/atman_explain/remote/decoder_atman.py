@@ -2,10 +2,11 @@
 
 Suppressing column i cannot change rows before i. So one plain pass keeps every layer's keys and values, and a
 suppressed pass runs the rows from i on only, against the kept keys of the rows before. Many such suffixes run side by
-side in one packed forward pass of batch 1, and only rows that predict a target reach the head. Memory is that of the
-kept keys and values and of one packed pass, however many units there are.
+side in one packed forward pass of batch 1, and only rows that predict a target reach the head or the MLP of the last
+layer. Memory is that of the kept keys and values and of one packed pass, however many units there are.
 """
 
+import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .final_layer_atman import RowsRefused, final_layer_on, find_final_layer
 from .hook_atman import AttentionCall, Intervention, active, only_heads
 from .kernels_atman import atman_suffix_attention
 from .passages_atman import Passage, RunSettings, Suppression, forward_rows, pack
@@ -114,6 +116,10 @@ class DecoderPasses:
         modules: every attention module of the decoder, in order.
         chosen: those that are manipulated.
         settings: how to run them.
+        trims: whether the last layer is run on the rows alone that predict targets.
+
+    Raises:
+        RowsRefused: the last layer failed on these rows.
     """
 
     is_causal = True
@@ -127,12 +133,15 @@ class DecoderPasses:
         *,
         chosen: Sequence[nn.Module],
         settings: RunSettings,
+        trims: bool = True,
     ) -> None:
         self._model = model
         self._passages = passages
         self._modules = {id(module) for module in modules}
         self._chosen = {id(module) for module in chosen}
         self._settings = settings
+        self._final_module = modules[-1]
+        self._final_layer = find_final_layer(model, modules[-1]) if trims else None
         self._embeds = torch.cat([each.embeds for each in inputs])  # [sum T, D]
         self._position_ids = torch.cat([each.position_ids for each in inputs], dim=-1)
         ends = torch.tensor([each.length for each in passages]).cumsum(0)
@@ -150,7 +159,11 @@ class DecoderPasses:
         return self._embeds[self._offsets[passage] : self._offsets[passage + 1]]
 
     def probe(self, number: int) -> Tensor:
-        """Read-outs [M] of a passage, nothing suppressed, whose second half is run behind the kept first half."""
+        """Read-outs [M] of a passage, nothing suppressed, whose second half is run behind the kept first half.
+
+        Raises:
+            RowsRefused: the last layer failed on the rows that it was given.
+        """
         passage = self._passages[number]
         (out,) = self._run([_Segment(number, min(passage.length // 2, passage.first_row), None)])
         return out
@@ -165,7 +178,11 @@ class DecoderPasses:
             segments = [
                 _Segment(items[order[n]].passage, starts[n], items[order[n]].factors()[starts[n] :]) for n in group
             ]
-            yield from zip((order[n] for n in group), self._run(segments), strict=True)
+            try:
+                readouts = self._run(segments)
+            except RowsRefused as refused:  # after runs that went well, so rows are not the reason
+                raise refused.error from None
+            yield from zip((order[n] for n in group), readouts, strict=True)
 
     def _run(self, segments: Sequence[_Segment], keeps: bool = False) -> list[Tensor]:
         device = self._embeds.device
@@ -193,14 +210,21 @@ class DecoderPasses:
             },
             keeps,
         )
-        with active(attention):
+        read = torch.cat(rows).to(device)
+        with active(attention), self._trimmed(attention, read):
             logits = forward_rows(
                 self._model,
-                torch.cat(rows).to(device),
+                read,
                 inputs_embeds=self._embeds[index][None],
                 position_ids=self._position_ids[..., index],
                 use_cache=False,
             )
         targets = [self._targets[each.passage] for each in segments]
-        read = self._settings.readout(logits[0], torch.cat(targets))
-        return list(read.split([len(each) for each in targets]))
+        readouts = self._settings.readout(logits[0], torch.cat(targets))
+        return list(readouts.split([len(each) for each in targets]))
+
+    def _trimmed(self, attention: Intervention, rows: Tensor) -> contextlib.AbstractContextManager[None]:
+        """The last layer, run on these rows only."""
+        if self._final_layer is None:
+            return contextlib.nullcontext()
+        return final_layer_on(self._final_layer, self._final_module, attention, rows)

@@ -1,7 +1,7 @@
 """Which way a model is run: packed suffixes where that is exact, full-length batches everywhere else."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from .batches_atman import BatchPasses
 from .configuration_atman import AtManConfig
 from .decoder_atman import DecoderInput, DecoderPasses
 from .errors_atman import UnsupportedModelError
+from .final_layer_atman import RowsRefused
 from .images_atman import locate_images
 from .observing_atman import Observation, further_inputs, observe_decoder
 from .passages_atman import Passage, Readout, RunSettings, Suppression, agree
@@ -63,6 +64,7 @@ class Router:
         self._modules: tuple[nn.Module, ...] = ()  # not known before the first passage
         self._can_pack = True
         self._is_proven = False  # that packed runs are exact for this model
+        self._trims = True  # whether its last layer can be run on some rows only
         self._has_own_code = not type(model).__module__.startswith("transformers.")  # may treat some prompts otherwise
         self._source_modules: Seq2SeqModules | None = None
         self._is_blip = is_blip(model)
@@ -208,21 +210,12 @@ class Router:
             return None
         if all(each.is_causal for each in observed.values()):
             inputs = [observed[n].input if n in observed else self._text_input(p) for n, p in enumerate(passages)]
-            packed = DecoderPasses(
-                self.model,
-                passages,
-                with_equal_axes(inputs),
-                self._modules,
-                chosen=self._chosen(config),
-                settings=settings,
-            )
-            device = self.model.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
-            if all(agree(packed.baseline[n], each.readouts, dtype) for n, each in observed.items()) and (
-                longest not in observed or agree(packed.probe(longest), observed[longest].readouts, dtype)
-            ):
-                self._is_proven |= passages[longest].first_row > 0
-                return packed
+            for trims in (True, False) if self._trims else (False,):
+                packed = self._agreeing(passages, with_equal_axes(inputs), observed, config, settings, trims)
+                if packed is not None:
+                    self._is_proven |= passages[longest].first_row > 0
+                    self._trims = trims
+                    return packed
         self._can_pack = False
         warnings.warn(
             f"{type(self.model).__name__} gives other results when the rows after a position are run alone, so "
@@ -230,6 +223,31 @@ class Router:
             stacklevel=6,
         )
         return None
+
+    def _agreeing(
+        self,
+        passages: Sequence[Passage],
+        inputs: Sequence[DecoderInput],
+        observed: Mapping[int, Observation],
+        config: AtManConfig,
+        settings: RunSettings,
+        trims: bool,
+    ) -> DecoderPasses | None:
+        """Packed passes; None where they do not give what was observed."""
+        chosen = self._chosen(config)
+        try:
+            packed = DecoderPasses(
+                self.model, passages, inputs, self._modules, chosen=chosen, settings=settings, trims=trims
+            )
+            found = [(packed.baseline[n], each.readouts) for n, each in observed.items()]
+            if observed:
+                longest = max(observed, key=lambda n: passages[n].first_row)
+                found.append((packed.probe(longest), observed[longest].readouts))
+        except RowsRefused:
+            return None
+        device = self.model.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+        return packed if all(agree(one, other, dtype) for one, other in found) else None
 
     def steered_modules(self, config: AtManConfig, prompt_ids: tuple[int, ...]) -> frozenset[int]:
         """`id` of modules that hold the attention to change while a model generates; a run finds single layers."""
