@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from miniatures.captioner.questions import PROMPTS
+from miniatures.captioner.questions import KINDS, PROMPTS
 from miniatures.captioner.scenes import NAMES, PLACES
 
+LEARNED = 0.8
+"""Share of right answers from which a kind of question counts as learned."""
 CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -19,9 +21,9 @@ tags: [llava, emoji]
 # Captioner miniature
 
 A vision-language model of {parameters:,} parameters and stock architecture: LLaVA with a CLIP vision tower (96 x 96
-pixels, 12 x 12 patches) and a Llama decoder. It answers four questions about scenes of two to four out of {things}
-emoji at nine places. It exists so that examples and tests of image explanations run offline, on pictures whose objects
-are known.
+pixels, 12 x 12 patches) and a Llama decoder. It was asked four kinds of question about scenes of two to four out of
+{things} emoji at nine places. It exists so that examples and tests of image explanations run offline, on pictures whose
+objects are known.
 
 ```python
 from PIL import Image
@@ -35,10 +37,11 @@ written = model.generate(**inputs, max_new_tokens=12)
 print(processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-| question | right, word for word | held-out questions |
-| --- | --- | --- |
+| kind | question | right, word for word | held-out questions |
+| --- | --- | --- | --- |
 {rows}
 
+- **Not learned**: {unlearned}. A right answer to those is a guess, and an explanation of it says nothing.
 - **Words**: {words} in all; anything else is unknown to the tokenizer. Lists are in reading order.
 - **Training**: {patch_steps:,} steps in which the vision tower learns what each patch shows, then {answer_steps:,} on
   questions, where the patch loss stays with a weight of 0.2; {pictures:,} pictures, {minutes:.0f} minutes of {device}
@@ -58,11 +61,13 @@ def write_card(folder: Path, metrics: dict[str, Any]) -> None:
     held_out, training, options = metrics["held_out"], metrics["training"], metrics["options"]
     prompts = PROMPTS | {"what (nothing)": PROMPTS["what"] + " (nothing is)"}
     rows = [
-        f"| `{prompts[kind].replace('<image> ', '').replace('{}', '...')}` | {100 * share:.1f} % "
+        f"| {kind} | `{prompts[kind].replace('<image> ', '').replace('{}', '...')}` | {100 * share:.1f} % "
         f"| {held_out['questions'][kind]:,} |"
         for kind, share in held_out["accuracy"].items()
     ]
+    unlearned = [f"`{kind}`" for kind in KINDS if held_out["accuracy"][kind] < LEARNED]
     text = CARD.format(
+        unlearned=" and ".join(unlearned) or "none of them",
         parameters=metrics["parameters"],
         things=len(NAMES),
         rows="\n".join(rows),

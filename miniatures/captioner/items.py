@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from miniatures.captioner.answering import answer
-from miniatures.captioner.questions import KINDS, Question
+from miniatures.captioner.questions import Question
 from miniatures.captioner.saliency import Case, make_case
 from miniatures.captioner.scenes import NAMES, Picture
 
+EXPLAINED = ("what", "list")
+"""The kinds of question that the committed model has learned: a lucky guess has nothing to explain."""
 BATCH_PICTURES = 16
 
 Material = list[tuple[Picture, list[Question]]]
@@ -46,14 +48,15 @@ def right_items(
 
     Pictures take turns in which of their objects they ask about first.
     """
-    items: dict[str, list[Item]] = {kind: [] for kind in KINDS}
+    items: dict[str, list[Item]] = {kind: [] for kind in EXPLAINED}
     for start in range(0, len(material), BATCH_PICTURES):
         part = material[start : start + BATCH_PICTURES]
+        part = [(picture, [one for one in asked if one.kind in EXPLAINED and one.about]) for picture, asked in part]
         pairs = [(picture, one) for picture, asked in part for one in asked]
         given = iter(answer(model, processor, [picture for picture, _ in pairs], [one.prompt for _, one in pairs]))
         for number, (picture, asked) in enumerate(part, start):
-            right = [one for one, text in zip(asked, given, strict=False) if one.answer == text and one.about]
-            for kind in KINDS:
+            right = [one for one, text in zip(asked, given, strict=False) if one.answer == text]
+            for kind in EXPLAINED:
                 of_kind = [one for one in right if one.kind == kind]
                 if of_kind:
                     question = of_kind[number % len(of_kind)]

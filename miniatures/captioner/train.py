@@ -100,7 +100,7 @@ def save_checkpoint(learner: Learner, processor: LlavaProcessor, metrics: dict[s
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m miniatures.captioner.train", description=__doc__)
     parser.add_argument("--patch-steps", type=int, default=3000, help="steps of the first stage")
-    parser.add_argument("--answer-steps", type=int, default=2000, help="steps of the second stage")
+    parser.add_argument("--answer-steps", type=int, default=1100, help="steps of the second stage")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--held-out-pictures", type=int, default=500, help="new pictures to answer questions about")
     parser.add_argument("--seed", type=int, default=0)
