@@ -8,6 +8,7 @@ import atman_explain  # noqa: F401 (registers the task)
 from atman_explain import ExplainPipeline, Explanation, explain
 from tests.support.atman import tiny_model
 from tests.support.atman_tokenizers import byte_level
+from tests.support.vlm import llava
 
 TEXT, TARGET = "Oslo is the capital of", " Norway"
 
@@ -61,3 +62,10 @@ def test_bad_input_is_named(pipe):
         pipe(TEXT, target=TARGET, granularity="letter")
     with pytest.raises(ValueError, match=r"AtManConfig has no field granularty"):
         pipe(TEXT, target=TARGET, granularty="word")
+
+
+def test_a_saved_pipeline_has_its_processor_and_its_code(tmp_path):
+    vlm = llava(torch.float32)
+    pipeline("explain", model=vlm.model, processor=vlm.processor).save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"processor_config.json", "tokenizer.json", "model.safetensors", "pipeline_atman.py"} <= names

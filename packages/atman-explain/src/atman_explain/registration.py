@@ -13,14 +13,14 @@ def register_attention() -> None:
 
 def register_pipeline() -> None:
     """Make `pipeline("explain")` known. Calling it again changes nothing."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from .remote.pipeline_atman import ExplainPipeline
+    from .remote.pipeline_atman import TASK, ExplainPipeline
 
     if "explain" not in PIPELINE_REGISTRY.supported_tasks:
-        models = (AutoModelForCausalLM, AutoModelForImageTextToText)
-        PIPELINE_REGISTRY.register_pipeline("explain", pipeline_class=ExplainPipeline, pt_model=models, type="text")
+        PIPELINE_REGISTRY.register_pipeline(
+            "explain", pipeline_class=ExplainPipeline, pt_model=TASK["pt"], type=TASK["type"]
+        )
 
 
 def register_inseq() -> None:

@@ -1,8 +1,9 @@
 """`pipeline("explain")`: explanations behind transformers' pipeline call."""
 
+import os
 from typing import Any
 
-from transformers import Pipeline
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Pipeline
 
 from .explain_atman import AtMan
 from .explanation_atman import Explanation
@@ -37,6 +38,12 @@ class ExplainPipeline(Pipeline):
         own = {"batch_size": settings.pop("batch_size")} if "batch_size" in settings else {}
         return super().__call__(inputs, settings=settings | own)
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save model, tokenizer or processor, and the code that `pipeline(model=..., trust_remote_code=True)` runs."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.processor is not None:  # transformers leaves it out
+            self.processor.save_pretrained(save_directory, **kwargs)
+
     def _atman(self) -> AtMan:
         return AtMan(self.model, self.processor if self.processor is not None else self.tokenizer)
 
@@ -58,3 +65,9 @@ class ExplainPipeline(Pipeline):
     def postprocess(self, model_outputs: Explanation) -> Explanation:
         """Return the explanation."""
         return model_outputs
+
+
+TASK = {"impl": ExplainPipeline, "pt": (AutoModelForCausalLM, AutoModelForImageTextToText), "type": "text"}
+"""How transformers' registry describes the task."""
+
+ExplainPipeline._registered_impl = {"explain": TASK}  # so that one loaded from the Hub can be saved with its code

@@ -125,7 +125,7 @@ def _restore(implementations: list[tuple[PreTrainedConfig, str | None]]) -> None
         config._attn_implementation_internal = implementation
 
 
-def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     given |= given.get("kwargs", {})
     wants_weights = given.get("output_attentions")
