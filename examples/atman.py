@@ -62,5 +62,6 @@ def _steer(section: Section, model: object, tokenizer: object) -> None:
         with am.steer(model, tokenizer, STEERED, weights, mode="log_additive"):
             ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         rows.append((name, tokenizer.decode(ids[0], skip_special_tokens=True)))
+        print(f"AtMan, steering, {name}: {rows[-1][1]!r}")
     section.text("The same switch steers: one prompt, a word removed or strengthened while the model writes.")
     section.table(("attention", "the model writes"), rows)
