@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .atman_attention import atman_attention as atman_attention
+    from .atman_attention import atman_suffix_attention as atman_suffix_attention
     from .csr_gather_sum import csr_gather_sum as csr_gather_sum
     from .decode_scores import decode_scores as decode_scores
     from .decode_scores import decode_topk as decode_topk
@@ -22,6 +24,8 @@ API = 1
 """Generation of the operators' signatures; a caller that was written for another one must not use this package."""
 
 _OPERATORS = {
+    "atman_attention": "atman_attention",
+    "atman_suffix_attention": "atman_attention",
     "csr_gather_sum": "csr_gather_sum",
     "decode_scores": "decode_scores",
     "decode_topk": "decode_scores",

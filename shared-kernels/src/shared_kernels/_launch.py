@@ -24,6 +24,9 @@ class AotCase(NamedTuple):
 
     num_warps: int
 
+    aligned: tuple[str, ...] = ()
+    """Integer arguments taken as multiples of 16, as Triton finds strides and sizes to be when it launches."""
+
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's device the current one, where launches go."""

@@ -86,7 +86,11 @@ def compile_case(case: AotCase, target: Target) -> Result:
 
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    aligned: Any = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    aligned: Any = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in case.aligned
+    }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=aligned)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     start = time.perf_counter()

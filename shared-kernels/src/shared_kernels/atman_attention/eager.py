@@ -13,7 +13,7 @@ Mode = Literal["shift_min", "log_additive", "multiply", "shift_min_all"]
 
 MODES: tuple[Mode, ...] = ("shift_min", "log_additive", "multiply", "shift_min_all")
 
-_CHUNK_SCORES = 1 << 18
+_CHUNK_SCORES = 1 << 20
 """Scores that are held at a time where they are explicit. Changes memory and speed, never the result."""
 
 _GROUP_SCORES = 1 << 17
@@ -241,11 +241,21 @@ def atman_suffix_attention_eager(
     Returns:
         `[S, H, Dv]` in the dtype of `query`.
     """
+    check_suffix_mode(mode)
     rule = _Rule(mode, query.shape[-1] ** -0.5 if scale is None else scale, softcap, window)
     pack = _Pack(query, key, value, factors, cu_seqlens)
     prefixes = _Prefixes(prefix_key, prefix_value, prefix_start, prefix_length)
     attend = _attend_in_one_piece if torch.compiler.is_compiling() else _attend_in_groups  # segments are data
     return attend(pack, prefixes, sinks, rule)
+
+
+def check_suffix_mode(mode: Mode) -> None:
+    """Refuse the mode that looks at keys which a segment does not have."""
+    if mode == "shift_min_all":
+        raise ValueError(
+            'mode must not be "shift_min_all" here: its minimum takes in future keys, so no prefix can be shared; use '
+            '"shift_min", or atman_attention over whole rows.'
+        )
 
 
 class _Pack(NamedTuple):
@@ -275,11 +285,12 @@ def _attend_in_groups(pack: _Pack, prefixes: _Prefixes, sinks: Tensor | None, ru
         k, f = k * f[:, None], None  # q . (f k) = f (q . k)
     sinks = None if sinks is None else sinks.to(dtype).view(Hk, 1, H // Hk, 1, 1)
     ones = q.new_ones(1, k0.shape[1])
-    groups = _groups(pack.bounds, prefixes, H, rule.window)
-    tallest, longest = (
-        max((each.height for each in groups), default=0),
-        max((each.length for each in groups), default=0),
-    )
+    bounds = pack.bounds.tolist()
+    if bounds[-1] != S:
+        raise ValueError(f"cu_seqlens must end with {S}, the number of rows of query, got {bounds[-1]}.")
+    groups = _groups(bounds, prefixes, H, rule.window)
+    tallest = max((each.height for each in groups), default=0)
+    longest = max((each.length for each in groups), default=0)
     band = _causal_band(tallest, longest, rule.window, q.device)
     limits = _limit(band, dtype)
     masks = (-limits).clamp(max=0)
@@ -323,9 +334,9 @@ class _Group(NamedTuple):
         return torch.cat([part for p, r in bounds for part in (prefix[:, slice(*p)], own[:, slice(*r)])], 1)
 
 
-def _groups(bounds: Tensor, prefixes: _Prefixes, heads: int, window: int | None) -> list[_Group]:
+def _groups(bounds: list[int], prefixes: _Prefixes, heads: int, window: int | None) -> list[_Group]:
     groups: list[_Group] = []
-    lists = (bounds[:-1].tolist(), bounds[1:].tolist(), prefixes.start.tolist(), prefixes.length.tolist())
+    lists = (bounds[:-1], bounds[1:], prefixes.start.tolist(), prefixes.length.tolist())
     for start, stop, prefix_start, prefix_length in zip(*lists, strict=True):
         if start == stop:
             continue
