@@ -94,7 +94,7 @@ class BatchPasses:
         passage = self._passages[number]
         logits = forward_rows(self._model, target_rows(passage, self._model), **inputs)
         targets = torch.tensor(passage.target_ids, device=logits.device)
-        return self._settings.readout(logits, targets.expand(times, -1))
+        return self._settings.readout(logits, targets.expand(times, -1)).cpu()
 
 
 def tiled(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:

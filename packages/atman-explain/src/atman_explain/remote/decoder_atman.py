@@ -70,6 +70,7 @@ class _PackedAttention(Intervention):
             prefix_key, prefix_value = key[:0], value[:0]
         else:
             prefix_key, prefix_value = self._kept[name]
+        self._layout = {each: tensor.to(key.device) for each, tensor in self._layout.items()}  # once per device
 
         def attend(factors: Tensor | None) -> Tensor:
             return atman_suffix_attention(
@@ -84,12 +85,13 @@ class _PackedAttention(Intervention):
                 softcap=call.softcap,
                 sinks=call.sinks,
                 window=call.window,
-                **{name: tensor.to(key.device) for name, tensor in self._layout.items()},
+                **self._layout,
             )
 
         if self._factors is None or name not in self._chosen:
             return attend(None).transpose(0, 1)[None]
-        out = attend(self._factors.to(key.device))
+        self._factors = self._factors.to(key.device)
+        out = attend(self._factors)
         if self._settings.heads is not None:
             out = only_heads(out, attend(None), self._settings.heads, dim=1)
         return out.transpose(0, 1)[None]
@@ -220,7 +222,7 @@ class DecoderPasses:
                 use_cache=False,
             )
         targets = [self._targets[each.passage] for each in segments]
-        readouts = self._settings.readout(logits[0], torch.cat(targets))
+        readouts = self._settings.readout(logits[0], torch.cat(targets)).cpu()  # at once: a wait for each would cost
         return list(readouts.split([len(each) for each in targets]))
 
     def _trimmed(self, attention: Intervention, rows: Tensor) -> contextlib.AbstractContextManager[None]:

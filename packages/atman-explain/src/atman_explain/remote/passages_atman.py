@@ -137,6 +137,7 @@ def float32_product(head: nn.Linear, args: tuple[Tensor, ...], _output: Tensor) 
 
 def agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     """Whether two ways of computing the same read-outs give the same, up to rounding in a dtype."""
+    one, other = one.cpu(), other.cpu()
     tolerance = _TOLERANCE.get(dtype, _TOLERANCE_OF_HALF)
     is_near = (one - other).abs() <= tolerance * other.abs().clamp(min=1.0)
     return bool((is_near | (one == other) | (one.isnan() & other.isnan())).all())  # infinities are equal, not near
