@@ -19,6 +19,7 @@ def test_every_kernel_has_a_case_and_every_case_names_all_arguments():
     assert uncovered == []
     for case in cases:
         assert sorted([*case.signature, *case.constexprs]) == sorted(case.kernel.arg_names)
+        assert all(case.signature[name].startswith("i") for name in case.aligned)
 
 
 def test_the_kernels_of_every_operator_are_found():

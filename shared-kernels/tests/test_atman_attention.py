@@ -113,6 +113,20 @@ def test_suffixes_equal_the_definition(run, mode, features):
     torch.testing.assert_close(actual.double(), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_segments_of_several_blocks_after_prefixes_of_several_tiles(run, window):
+    case = packed_case(S=42, H=2, Hk=1, D=4, N=75)
+    segments = {
+        "cu_seqlens": torch.tensor([0, 37, 42]),
+        "prefix_start": torch.tensor([3, 0]),
+        "prefix_length": torch.tensor([70, 1]),
+    }
+    expected = atman_suffix_attention_reference(*case, **segments, window=window)
+    torch.testing.assert_close(
+        run(atman_suffix_attention, *case, **segments, window=window).double(), expected, **CLOSE
+    )
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("features", ["none", "all"])
 def test_float64_agrees_with_the_definition_to_the_last_digits(mode, features):

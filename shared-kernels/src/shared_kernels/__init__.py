@@ -1,4 +1,4 @@
-"""Sparse and multi-label operators for PyTorch, each with a Triton and a PyTorch implementation.
+"""Sparse, multi-label and attention operators for PyTorch, each with a Triton and a PyTorch implementation.
 
 Importing this package is cheap: torch is imported with the first operator that is used, Triton with its first kernel.
 """
