@@ -34,6 +34,8 @@ TIMED = (  # most valuable first
     "tfree.embed.layer",
     "tfree.decode.w1m.b8",
     "tfree.head_loss.v8k",
+    "atman.suffix_attention.shift_min",
+    "atman.explain.t512",
     "tfree.embed.backward.narrow",
     "tfree.embed.layer.backward",
     "tfree.topk.w200k.b8",
@@ -41,12 +43,16 @@ TIMED = (  # most valuable first
     "tfree.head_loss.v32k",
     "tfree.decode.w200k.b1",
     "tfree.decode.w200k.b8",
+    "atman.explain.t128",
     "tfree.embed.backward.wide",
     "tfree.topk.w200k.b1",
     "tfree.decode.w50k.b1",
     "tfree.decode.w50k.b8",
     "tfree.decode.edges.w50k.b1",
     "tfree.hash",
+    "atman.suffix_attention.log_additive",
+    "atman.suffix_attention.multiply",
+    "atman.peers",
 )
 OP_OF_CASE = {
     "tfree.embed": "hash_embedding_bag",
@@ -54,6 +60,7 @@ OP_OF_CASE = {
     "tfree.decode": "decode_scores",
     "tfree.topk": "decode_scores",
     "tfree.hash": "mix32_rows",
+    "atman": "atman_suffix_attention",
 }
 PHASE_ENDS = {"correctness": 90 / 540, "timing": 330 / 540, "scaling": 480 / 540, "profile": 1.0}  # of the deadline
 PROFILED = 2
@@ -176,7 +183,7 @@ def _scaling(clock: Clock, options: Options, run: Mapping[str, Any], recorder: R
     _headline(clock, "scaling")
     fine = True
     for name, curve in CURVES.items():
-        if name == "tfree.tokenize":  # text is the CPU's work
+        if options.device not in curve.smallest:
             continue
         if clock.may_start("scaling"):
             line = try_curve(curve, options, run, memory=False)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases.tfree import curves
+from benchmarks.cases.atman import curves as atman_curves
+from benchmarks.cases.tfree import curves as tfree_curves
 from benchmarks.harness import REGISTRY, Call, Case, Entry, Options, timed
 from benchmarks.memory import measure_apart
 from benchmarks.report import Recorder, describe_run, duration, short
@@ -36,7 +37,7 @@ class Curve:
     """What grows, as the table calls it."""
 
     smallest: Mapping[str, int]
-    """The first of the five sizes, by device."""
+    """The first of the five sizes, by device; a device that is absent says nothing here."""
 
     quick_smallest: int
 
@@ -46,12 +47,15 @@ class Curve:
     make: Callable[[int, Options], Call]
     """Builds the inputs of one size, outside the clock."""
 
+    is_landmark: bool = False
+    """A peer's curve: shown beside ours, held to nothing."""
+
     def sizes(self, options: Options) -> list[int]:
         smallest = self.quick_smallest if options.quick else self.smallest[options.device]
         return [smallest * 2**i for i in range(SIZES)]
 
 
-CURVES = {name: Curve(name=name, **settings) for name, settings in curves.CURVES.items()}
+CURVES = {name: Curve(name=name, **settings) for name, settings in (tfree_curves.CURVES | atman_curves.CURVES).items()}
 
 
 def measure_curve(curve: Curve, options: Options, *, memory: bool = True, rounds: int = 5) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(device=chosen.device, quick=chosen.quick)
     run, recorder, fine = describe_run(options), Recorder(chosen.json), True
     for name, curve in CURVES.items():
-        if chosen.only and not any(part in name for part in chosen.only):
+        if (chosen.only and not any(part in name for part in chosen.only)) or chosen.device not in curve.smallest:
             continue
         line = try_curve(curve, options, run, memory=not chosen.no_memory)
         recorder.write(line)

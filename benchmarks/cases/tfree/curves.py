@@ -69,7 +69,7 @@ def _width(options: Options) -> int:
 CURVES: dict[str, dict[str, Any]] = {
     "tfree.tokenize": {
         "axis": "bytes",
-        "smallest": {"cpu": 250_000, "cuda": 250_000},
+        "smallest": {"cpu": 250_000},  # text is the CPU's work
         "quick_smallest": 8000,
         "expected": 1.0,
         "make": _tokenize,

@@ -303,8 +303,12 @@ def _attend_in_groups(pack: _Pack, prefixes: _Prefixes, sinks: Tensor | None, ru
         factors = None if f is None else group.gather(ones, f[None]).view(G, 1, 1, -1)
         if is_explicit:
             queries = torch.stack([q.view(Hk, -1, S, D)[:, :, stop - n : stop] for _, stop in group.rows], 1)
-            out = _attend(queries, keys, values, factors, limits[corner], None, sinks, rule)  # [Hk, G, g, n, Dv]
-            out = out.permute(1, 3, 0, 2, 4)
+            step = max(1, _CHUNK_SCORES // (H * G * group.length))  # rows of a long segment, a few at a time
+            pieces = [
+                _attend(block, keys, values, factors, limit, None, sinks, rule)
+                for block, limit in zip(queries.split(step, 3), limits[corner].split(step, -2), strict=True)
+            ]
+            out = torch.cat(pieces, 3).permute(1, 3, 0, 2, 4)  # [G, n, Hk, g, Dv]
         else:
             queries = torch.stack([q[:, stop - n : stop] for _, stop in group.rows])  # [G, H, n, D]
             mask = masks[corner]
