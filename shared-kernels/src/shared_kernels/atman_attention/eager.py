@@ -303,10 +303,12 @@ def _attend_in_groups(pack: _Pack, prefixes: _Prefixes, sinks: Tensor | None, ru
         if is_explicit:
             queries = torch.stack([q.view(Hk, -1, S, D)[:, :, stop - n : stop] for _, stop in group.rows], 1)
             step = max(1, _CHUNK_SCORES // (H * G * group.length))  # rows of a long segment, a few at a time
-            pieces = [
-                _attend(block, keys, values, factors, limit, None, sinks, rule)
-                for block, limit in zip(queries.split(step, 3), limits[corner].split(step, -2), strict=True)
-            ]
+            pieces = []
+            for i in range(0, n, step):
+                seen = min(group.length - n + i + step, group.length)  # keys that the last of these rows sees
+                block, limit = queries[:, :, :, i : i + step], limits[corner][..., i : i + step, :seen]
+                own = None if factors is None else factors[..., :seen]
+                pieces.append(_attend(block, keys[:, :, :seen], values[:, :, :seen], own, limit, None, sinks, rule))
             out = torch.cat(pieces, 3).permute(1, 3, 0, 2, 4)  # [G, n, Hk, g, Dv]
         else:
             queries = torch.stack([q[:, stop - n : stop] for _, stop in group.rows])  # [G, H, n, D]
