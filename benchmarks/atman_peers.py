@@ -79,8 +79,9 @@ def one_by_one(
 ) -> Tensor:
     """Scores [U] under factors [U, T], by one pass over the whole row for each of them."""
 
-    def log_probability() -> Tensor:
-        return model(input_ids=row, use_cache=False).logits.float()[0].log_softmax(-1)[-1, target]
+    def log_probability() -> float:
+        logits = model(input_ids=row, use_cache=False).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)[-1, target].item()
 
     row = torch.tensor([ids], device=model.device)
     scores = []
@@ -93,7 +94,7 @@ def one_by_one(
                 scores.append(baseline - log_probability())
         finally:
             _PLAIN.factors = None
-    return torch.stack(scores)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def whole_rows(
@@ -131,9 +132,9 @@ def captum_method(
         return logits.float().log_softmax(-1)[:, target]
 
     def call() -> Tensor:
-        embeds = model.get_input_embeddings()(torch.tensor([ids], device=model.device)).detach().requires_grad_()
+        embeds = model.get_input_embeddings()(torch.tensor([ids], device=model.device)).detach()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # that it makes the embeddings require gradients
             found = getattr(captum.attr, name)(log_probability).attribute(embeds, **settings)
         return found.detach().sum(-1)[0]
 

@@ -67,7 +67,8 @@ def model_of(shape: Shape, device: str = "cpu", dtype: str = "float32") -> Llama
     )
     torch.manual_seed(0)
     with torch.device(device):
-        return LlamaForCausalLM(config).to(DTYPES[dtype]).eval()
+        model = LlamaForCausalLM(config).to(DTYPES[dtype]).eval()
+    return model.requires_grad_(False)  # gradients of weights would cost the gradient methods memory
 
 
 def prompt_of(shape: Shape) -> tuple[list[int], int]:
