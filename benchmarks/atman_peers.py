@@ -11,7 +11,6 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +107,7 @@ def whole_rows(
 ) -> Tensor:
     """Scores [U] by our passes for models whose rows see later ones: whole rows, some in a batch, nothing shared."""
     passage = Passage(prompt_ids=tuple(ids), target_ids=(target,))
-    items = [Suppression(0, partial(Tensor.double, row), 0) for row in factors]
+    items = [Suppression(0, row.double, 0) for row in factors]
     settings = RunSettings(mode=mode, heads=None, readout=Readout(), tokens=batch * len(ids), most=batch)
     scores = torch.zeros(len(factors), dtype=torch.float64)
     with atman_implementation(model), evaluation_mode(model):

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cases.atman.attention import MODES, dense_inputs, suffix_inputs
 from benchmarks.cases.tfree.inputs import DTYPES, dictionary_inputs, random_tensor, text_inputs
 from benchmarks.harness import Options
 from shared_kernels import (
+    atman_attention,
+    atman_suffix_attention,
     csr_gather_sum,
     decode_scores,
     decode_topk,
@@ -19,6 +22,7 @@ from shared_kernels import (
     hash_embedding_bag,
     mix32_rows,
 )
+from shared_kernels.atman_attention.reference import atman_attention_reference
 from shared_kernels.csr_gather_sum.reference import csr_gather_sum_reference
 from shared_kernels.decode_scores.reference import decode_scores_reference, decode_topk_reference
 from shared_kernels.fused_linear_bce.reference import fused_linear_bce_reference
@@ -29,6 +33,7 @@ from tfree_tokenizer import FactoredDictionary
 TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2}  # of the largest entry; TF32 products (3e-4) do not pass as float32
 CHECKED_COLUMNS = 128  # the reference gathers [nnz, columns] in float64, so it sees the first and last columns only
 CHECKED_WORDS = 300
+CHECKED_ROWS, CHECKED_HEADS = 2, 4  # the last rows and the first heads: the reference takes them one by one
 
 Pairs = Iterator[tuple[str, Tensor, Tensor]]
 
@@ -158,6 +163,40 @@ def _score_gradients(z: Tensor, words: FactoredDictionary, settings: dict[str, A
     return got, expected
 
 
+def _check_suffixes(dtype: str, options: Options) -> Pairs:
+    tensors, layout = suffix_inputs(options, dtype)
+    query, key, value, prefix_key, prefix_value, factors = (each.cpu() for each in tensors)
+    ends, lengths = layout["cu_seqlens"].tolist(), layout["prefix_length"].tolist()
+    for mode in MODES:
+        out = atman_suffix_attention(*tensors, **layout, mode=mode)
+        for segment in {0, len(lengths) // 2, len(lengths) - 1}:
+            start, stop, length = ends[segment], ends[segment + 1], lengths[segment]
+            rows = slice(max(start, stop - CHECKED_ROWS), stop)
+            keys = torch.cat([prefix_key[:length], key[start:stop]]).transpose(0, 1)[None]
+            values = torch.cat([prefix_value[:length], value[start:stop]]).transpose(0, 1)[None]
+            suppressed = torch.cat([torch.ones(length), factors[start:stop]])[None]
+            want = _few_heads(query[rows].transpose(0, 1)[None], keys, values, suppressed, mode)
+            yield f"{mode}, segment {segment}", out[rows, : want.shape[1]].transpose(0, 1)[None], want
+
+
+def _check_attention(dtype: str, options: Options) -> Pairs:
+    tensors = dense_inputs(options, dtype)
+    for mode in MODES:
+        out = atman_attention(*tensors, mode=mode, is_causal=True)
+        query, key, value, factors = (each.cpu() for each in tensors)
+        want = _few_heads(query[:, :, -CHECKED_ROWS:], key, value, factors, mode)
+        yield mode, out[:, : want.shape[1], -CHECKED_ROWS:], want
+
+
+def _few_heads(query: Tensor, key: Tensor, value: Tensor, factors: Tensor, mode: Any) -> Tensor:
+    """Causal attention by definition, of the query heads that share the first few heads of keys."""
+    shared = query.shape[1] // key.shape[1]
+    heads = max(1, CHECKED_HEADS // shared)
+    return atman_attention_reference(
+        query[:, : heads * shared], key[:, :heads], value[:, :heads], factors, mode=mode, is_causal=True
+    )
+
+
 def _check_hash(_: str, options: Options) -> Pairs:
     trigrams = torch.arange(0, 2**24, 2**24 // (50 if options.quick else 5000))
     settings: dict[str, Any] = {"table_size": 8000, "num_hashes": 10, "num_lowercase": 3, "seed": 7}
@@ -170,6 +209,8 @@ _PAIRS: dict[str, Callable[[str, Options], Pairs]] = {
     "decode_scores": _check_scores,
     "csr_gather_sum": _check_gather,
     "mix32_rows": _check_hash,
+    "atman_suffix_attention": _check_suffixes,
+    "atman_attention": _check_attention,
 }
 _INTEGER_OPS = {"mix32_rows"}
 CHECKS = [

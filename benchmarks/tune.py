@@ -1,4 +1,4 @@
-"""Tries launch settings of the Triton kernels on a GPU and prints the winners as rows of their `CONFIGS` tables.
+"""Tries launch settings of the Triton kernels on a GPU and prints the winners as rows of their tables of settings.
 
 `python -m benchmarks.tune [--only OP] [--out FILE]`. The tables in `shared_kernels/<op>/kernel.py` are literals, so
 that no user waits for tuning; this regenerates them for a new kind of device.
@@ -12,19 +12,27 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.cases.atman.attention import dense_inputs, suffix_inputs
 from benchmarks.cases.tfree.inputs import dictionary_inputs, random_tensor, text_inputs
 from benchmarks.clocks import Call, seconds
 from benchmarks.harness import Options
 from benchmarks.machine import processor, versions
 from benchmarks.report import duration
-from shared_kernels import csr_gather_sum, decode_scores, fused_linear_bce, hash_embedding_bag
+from shared_kernels import (
+    atman_attention,
+    atman_suffix_attention,
+    csr_gather_sum,
+    decode_scores,
+    fused_linear_bce,
+    hash_embedding_bag,
+)
 
 MOST_COLUMNS = 4096  # what an open-ended row of a table is tuned at
-MOST_WARPS = 8
+MOST_WARPS, MOST_STAGES = 8, 4
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 4096
 OPTIONS = Options(device="cuda")
 
@@ -57,38 +65,67 @@ def _scores(batch: int) -> Call:
     return lambda: decode_scores(z, *dictionary.tensors(), mode="contrast")
 
 
-WORKLOADS: dict[str, Callable[[int], Call]] = {
-    "csr_gather_sum": _gather,
-    "hash_embedding_bag": _embed,
-    "fused_linear_bce": _loss,
-    "decode_scores": _scores,
+def _suffixes(itemsize: int, columns: int) -> Call:
+    tensors, layout = suffix_inputs(OPTIONS, _dtype(itemsize), columns)
+    return lambda: atman_suffix_attention(*tensors, **layout)
+
+
+def _dense(itemsize: int, columns: int) -> Call:
+    tensors = dense_inputs(OPTIONS, _dtype(itemsize), columns)
+    return lambda: atman_attention(*tensors, is_causal=True)
+
+
+def _dtype(itemsize: int) -> str:
+    return "bfloat16" if itemsize == 2 else "float32"
+
+
+class Workload(NamedTuple):
+    """What one table of a kernel is tuned on."""
+
+    make: Callable[..., Call]
+    """From the limits of a row to a call that uses it."""
+    op: str
+    table: str = "CONFIGS"
+    limits: int = 1
+    """Fields, the first ones, that say for what a row is."""
+
+
+WORKLOADS = {
+    "csr_gather_sum": Workload(_gather, "csr_gather_sum"),
+    "hash_embedding_bag": Workload(_embed, "hash_embedding_bag"),
+    "fused_linear_bce": Workload(_loss, "fused_linear_bce"),
+    "decode_scores": Workload(_scores, "decode_scores"),
+    "atman_suffix_attention": Workload(_suffixes, "atman_attention", "SUFFIX_CONFIGS", limits=2),
+    "atman_attention": Workload(_dense, "atman_attention", "DENSE_CONFIGS", limits=2),
 }
 
 
-def candidates(config: Any) -> Iterator[Any]:
-    """The row as it is, and with one block size or the warps halved or doubled; its limit, the first field, stays."""
+def candidates(config: Any, limits: int = 1) -> Iterator[Any]:
+    """The row as it is, and with one block size, the warps or the stages halved or doubled; its limits stay."""
     yield config
-    for name in config._fields[1:]:
-        smallest, largest = (1, MOST_WARPS) if name == "num_warps" else (SMALLEST_BLOCK, LARGEST_BLOCK)
+    ranges = {"num_warps": (1, MOST_WARPS), "STAGES": (1, MOST_STAGES)}
+    for name in config._fields[limits:]:
+        smallest, largest = ranges.get(name, (SMALLEST_BLOCK, LARGEST_BLOCK))
         for value in (getattr(config, name) // 2, getattr(config, name) * 2):
             if smallest <= value <= largest:
                 yield config._replace(**{name: value})
 
 
-def tune_row(kernel: Any, index: int, call: Call) -> list[tuple[float, Any]]:
+def tune_row(kernel: Any, workload: Workload, index: int) -> list[tuple[float, Any]]:
     """Seconds of every candidate for row `index` of the kernel's table, fastest first; one that fails is left out."""
-    table = kernel.CONFIGS
+    table = getattr(kernel, workload.table)
+    call = workload.make(*table[index][: workload.limits])
     timed = []
     try:
-        for config in candidates(table[index]):
-            kernel.CONFIGS = (*table[:index], config, *table[index + 1 :])
+        for config in candidates(table[index], workload.limits):
+            setattr(kernel, workload.table, (*table[:index], config, *table[index + 1 :]))
             try:
                 call()  # compiles
                 timed.append((seconds(call, setup=None, clock="device", device="cuda", at_least=0.05), config))
             except Exception as error:  # noqa: BLE001  too much shared memory, for example
                 print(f"  {config}: {type(error).__name__}: {str(error)[:80]}")
     finally:
-        kernel.CONFIGS = table
+        setattr(kernel, workload.table, table)
     return sorted(timed, key=lambda pair: pair[0])
 
 
@@ -102,17 +139,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("no GPU: nothing was tuned")
         return 0
     found: dict[str, Any] = {"processor": processor("cuda"), "versions": versions(), "rows": []}
-    for op in chosen.only or WORKLOADS:
-        kernel = import_module(f"shared_kernels.{op}.kernel")
-        print(f"shared_kernels/{op}/kernel.py")
-        for index, row in enumerate(kernel.CONFIGS):
-            timed = tune_row(kernel, index, WORKLOADS[op](row[0]))
+    for name in chosen.only or WORKLOADS:
+        workload = WORKLOADS[name]
+        kernel = import_module(f"shared_kernels.{workload.op}.kernel")
+        print(f"shared_kernels/{workload.op}/kernel.py, {workload.table}")
+        for index, row in enumerate(getattr(kernel, workload.table)):
+            timed = tune_row(kernel, workload, index)
             if not timed:
                 continue
             old = [duration(time) for time, config in timed if config == row]
             print(f"    {timed[0][1]},  # {duration(timed[0][0])}, was {old}", flush=True)
             timings = [{"seconds": time, **config._asdict()} for time, config in timed]
-            found["rows"].append({"op": op, "row": index, "timings": timings})
+            found["rows"].append({"op": name, "row": index, "timings": timings})
     if chosen.out is not None:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         chosen.out.write_text(json.dumps(found, indent=1), encoding="utf-8")

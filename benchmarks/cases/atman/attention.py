@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from benchmarks.harness import Case, Options, register
 SHAPES = {"cpu": (256, 8, 4, 32, 1024), "cuda": (1024, 32, 8, 128, 16384)}  # T, H, Hk, D, tokens of a pass
 QUICK = (12, 4, 2, 8, 40)
 RTOL = {"float32": 1e-5, "bfloat16": 2e-2}
+MODES: tuple[Literal["shift_min", "log_additive", "multiply"], ...] = ("shift_min", "log_additive", "multiply")
 
 
-def suffix_inputs(options: Options, dtype: str) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+def suffix_inputs(options: Options, dtype: str, D: int | None = None) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Arguments of a pass over the longest suffixes of a prompt, as many as it holds."""
-    T, H, Hk, D, tokens = QUICK if options.quick else SHAPES[options.device]
+    T, H, Hk, usual_D, tokens = QUICK if options.quick else SHAPES[options.device]
+    D = D or usual_D
     starts, rows = [], 0
     for start in range(T):
         if rows + T - start <= tokens:
@@ -41,7 +43,17 @@ def suffix_inputs(options: Options, dtype: str) -> tuple[tuple[Tensor, ...], dic
     return (*tensors, factors.to(options.device)), {n: each.to(options.device) for n, each in layout.items()}
 
 
-def _register(mode: str) -> None:
+def dense_inputs(options: Options, dtype: str, D: int | None = None) -> tuple[Tensor, ...]:
+    """Two rows of a batch of as many heads: query, key, value and factors, a random one suppressed in four keys."""
+    T, H, Hk, usual_D, _ = QUICK if options.quick else SHAPES[options.device]
+    D = D or usual_D
+    shapes = ((2, H, T, D), (2, Hk, T, D), (2, Hk, T, D))
+    tensors = [random_tensor(*shape, dtype=dtype, device=options.device, seed=n) for n, shape in enumerate(shapes)]
+    is_suppressed = torch.rand(2, T, generator=torch.Generator().manual_seed(0)) < 0.25
+    return (*tensors, torch.where(is_suppressed, FACTOR, 1.0).to(options.device))
+
+
+def _register(mode: Literal["shift_min", "log_additive", "multiply"]) -> None:
     name = f"atman.suffix_attention.{mode}"
 
     @register(name)
@@ -100,5 +112,5 @@ def _plain(tensors: tuple[Tensor, ...], layout: dict[str, Tensor]) -> Tensor:
     return torch.cat([part.transpose(0, 1) for part in parts])
 
 
-for _mode in ("shift_min", "log_additive", "multiply"):
+for _mode in MODES:
     _register(_mode)

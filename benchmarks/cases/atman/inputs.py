@@ -84,7 +84,7 @@ def columns_of(shape: Shape, count: int) -> list[list[int]]:
 
 def factors_of(shape: Shape, units: Sequence[Sequence[int]]) -> Tensor:
     """Factors [U, T] that suppress each unit's columns."""
-    factors = torch.ones(len(units), shape.T)
+    factors = torch.ones(len(units), shape.T, dtype=torch.float64)
     for row, columns in zip(factors, units, strict=True):
         row[list(columns)] = FACTOR
     return factors
@@ -95,7 +95,7 @@ def similar_factors(embeds: Tensor, kappa: float) -> Tensor:
     unit = embeds.detach().float().cpu()
     unit = unit / unit.norm(dim=-1, keepdim=True)
     similar = (unit @ unit.T).clamp(-1, 1).fill_diagonal_(1)
-    return torch.where(similar >= kappa, FACTOR + (1 - FACTOR) * (1 - similar.clamp(min=0)), 1.0)
+    return torch.where(similar >= kappa, FACTOR + (1 - FACTOR) * (1 - similar.clamp(min=0)), 1.0).double()
 
 
 def floor_flops(shape: Shape, factors: Tensor) -> float:
