@@ -37,6 +37,11 @@ VENDORED = (
         slug="atman",
         operators=("atman_attention",),
     ),
+    Vendoring(
+        folder="packages/scar-peft/src/scar_peft/remote",
+        slug="scar",
+        operators=("scar_steer", "sparse_coder"),
+    ),
 )
 
 CHECKPOINTS = {"miniatures/tfree/checkpoint": "packages/tfree-tokenizer/src/tfree_tokenizer/remote"}

@@ -1,0 +1,266 @@
+"""The forward hook that reads and steers a module's output. It replaces no module: names and classes stay as they are."""
+
+import threading
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .kernels_scar import scar_scores, scar_steer
+from .passes_scar import Pass
+from .settings_scar import ConceptSettings
+from .strengths_scar import NOTHING, Group, Plan, Wishes, make_plan, overwrite, parts_of
+
+if TYPE_CHECKING:
+    from .recording_scar import Recorder
+
+Plans: TypeAlias = dict[str, Plan]
+
+
+class ConceptRows(NamedTuple):
+    """The weights of a few concepts, arranged so that a pre-activation is one product with the row as it is.
+
+    pre = (encoder . x - mean(x) * encoder_sum) / (std(x) + eps) + bias, in float32 or wider.
+    """
+
+    encoder: Tensor
+    """[C, d]."""
+    encoder_sum: Tensor
+    """[C]."""
+    bias: Tensor
+    """[C], latent bias minus the encoder's product with the pre-bias."""
+    decoder: Tensor
+    """[C, d]: the decoder's columns as rows."""
+
+
+class _Override(NamedTuple):
+    wishes: dict[str, Wishes]
+    plans: Plans
+
+
+OVERRIDES: ContextVar[Mapping["SteeringHook", _Override]] = ContextVar("scar_overrides", default={})
+"""Temporary steering, by layer. A context variable, so that threads and tasks do not see each other's."""
+
+RECORDERS: ContextVar[Mapping["SteeringHook", tuple["Recorder", ...]]] = ContextVar("scar_recorders", default={})
+"""Who wants the scores, by layer."""
+
+
+class SteeringHook:
+    """Steers the output of one module for one or more adapters; a mixin for the `nn.Module` that holds their weights.
+
+    A subclass says what it holds: `concept_rows`, `concept_settings`, `place`, `adapters_here`, `adapters_in_use`; one
+    that holds whole coders also `kept` and `reconstruction`.
+    """
+
+    layer_index: int
+    """Index of the block among the model's blocks."""
+
+    def concept_rows(self, adapter: str) -> ConceptRows:
+        """The folded weights of all concepts of an adapter."""
+        raise NotImplementedError
+
+    def concept_settings(self, adapter: str) -> ConceptSettings:
+        """How an adapter reads and steers."""
+        raise NotImplementedError
+
+    def place(self, adapter: str) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype (float32 or wider) of an adapter's strengths."""
+        raise NotImplementedError
+
+    def adapters_here(self) -> list[str]:
+        """Adapters that hold weights here."""
+        raise NotImplementedError
+
+    def adapters_in_use(self) -> list[str]:
+        """Those of them that act now."""
+        raise NotImplementedError
+
+    def kept(self, adapter: str, hidden: Tensor) -> Tensor:
+        """Which concepts are among the k largest latents [..., C]."""
+        raise NotImplementedError
+
+    def reconstruction(self, adapter: str, hidden: Tensor) -> Tensor:
+        """What the whole coder makes of `hidden` [..., d]."""
+        raise NotImplementedError
+
+    def attach(self, target: nn.Module, owner: nn.Module) -> None:
+        """Steer the output of `target` from now on; `owner` is the module that is given masks and positions."""
+        self._target = (target,)  # in a tuple, so that it is not registered below this module
+        self._wishes: dict[str, Wishes] = {}
+        self._plans: Plans = {}
+        self._live: Plans = {}
+        self._live_recorders: tuple[Recorder, ...] = ()
+        self._passes: dict[int, Pass] = {}
+        # Before other hooks: transformers reads `hidden_states` in hooks of its own, and must find the steered ones.
+        self._handles = [
+            target.register_forward_hook(self._steer, prepend=True),
+            owner.register_forward_pre_hook(self._observe, with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        """Leave the target as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def wishes(self, adapter: str) -> Wishes:
+        """What is wanted of an adapter here and now."""
+        override = OVERRIDES.get().get(self)
+        found = None if override is None else override.wishes.get(adapter)
+        return found or self._wishes.get(adapter, NOTHING)
+
+    def plan_for(self, adapter: str, wishes: Wishes) -> Plan:
+        """How this layer fulfils them; changes nothing yet."""
+        return make_plan(wishes, self.concept_settings(adapter), *self.place(adapter))
+
+    def keep(self, adapter: str, wishes: Wishes, plan: Plan) -> None:
+        """Fulfil them until told otherwise."""
+        self._wishes[adapter], self._plans[adapter] = wishes, plan
+        self.refresh()
+
+    def forget(self, adapter: str) -> None:
+        """Drop all that is wanted of an adapter."""
+        for each in (self._wishes, self._plans, self._live):
+            each.pop(adapter, None)
+
+    def replan(self) -> None:
+        """Make all plans anew, after the weights went to another device or dtype."""
+        self._plans = {adapter: self.plan_for(adapter, wishes) for adapter, wishes in self._wishes.items()}
+        self._live = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Write what holds now to where a compiled graph reads it, in place where the form stays the same."""
+        recorders = RECORDERS.get().get(self, ())
+        self._live_recorders = recorders
+        current = self._current_plans()
+        for adapter in [name for name in self._live if name not in current]:
+            del self._live[adapter]
+        for adapter, plan in current.items():
+            if adapter not in self._live or not overwrite(self._live[adapter], plan):
+                self._live[adapter] = _copied(plan)
+
+    def _current_plans(self) -> Plans:
+        override = OVERRIDES.get().get(self)
+        return self._plans if override is None else {**self._plans, **override.plans}
+
+    def _in_use(self) -> tuple[Plans, "tuple[Recorder, ...]"]:
+        """Plans of the acting adapters that change something, and who wants their scores."""
+        is_compiling = torch.compiler.is_compiling()
+        plans = self._live if is_compiling else self._current_plans()
+        recorders = self._live_recorders if is_compiling else RECORDERS.get().get(self, ())
+        if not plans and not recorders:
+            return {}, ()
+        names = self.adapters_in_use()
+        acting = {name: plans[name] for name in names if name in plans and not plans[name].is_neutral}
+        return acting, recorders if names else ()
+
+    def _observe(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        plans, recorders = self._in_use()
+        if plans or recorders:
+            self._passes[_thread()] = Pass.of(kwargs)
+
+    def _observed(self) -> Pass:
+        """The pass in progress. Autograd recomputes checkpointed blocks in threads of its own: the last pass is theirs."""
+        found = self._passes.get(_thread())
+        return found or next(reversed(self._passes.values()), None) or Pass()
+
+    def _steer(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The forward hook. None, at no cost, where nothing is to be done."""
+        plans, recorders = self._in_use()
+        if not plans and not recorders:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not hidden.numel():
+            return None
+        if recorders:
+            _record(self, recorders, hidden)
+        if not plans:
+            return None
+        steered = self._steered(plans, hidden)
+        return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+    def _steered(self, plans: Plans, hidden: Tensor) -> Tensor:
+        if len(plans) == 1:
+            ((adapter, plan),) = plans.items()
+            if plan.mode == "residual" and len(plan.groups) == 1:
+                return self._changed(adapter, plan, plan.groups[0], hidden)
+        # Several changes: each is computed from the same activations, in a fixed order, and all are added.
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        change = torch.zeros_like(wide)
+        for adapter, plan in sorted(plans.items()):
+            if plan.mode == "reconstruct":
+                change = change + (self.reconstruction(adapter, wide) - wide)
+            for group in plan.groups:
+                change = change + (self._changed(adapter, plan, group, wide) - wide)
+        return (wide + change).to(hidden.dtype)
+
+    def _changed(self, adapter: str, plan: Plan, group: Group, hidden: Tensor) -> Tensor:
+        """Activations with the concepts of one group changed."""
+        applies = self._applies(group, hidden)
+        if applies is False:
+            return hidden
+        settings = self.concept_settings(adapter)
+        rows = self.concept_rows(adapter)
+        is_open = None
+        if settings.gate == "topk" or (plan.mode == "reconstruct" and self._selects_concepts(adapter)):
+            is_open = self.kept(adapter, hidden)
+        if len(group.concepts) != rows.encoder.shape[0]:
+            chosen = list(group.concepts)
+            rows = ConceptRows(*(each[chosen] for each in rows))
+            is_open = None if is_open is None else is_open[..., chosen]
+        steered, _ = scar_steer(
+            hidden,
+            *rows,
+            parts_of(group.values, hidden.shape[0]).to(hidden.device),
+            rule=group.rule,
+            activation=settings.activation,
+            threshold=settings.open_above,
+            is_open=is_open,
+            eps=settings.norm_eps,
+            normalize=settings.normalize,
+        )
+        return steered if applies is True else torch.where(applies[..., None], steered, hidden)
+
+    def _selects_concepts(self, adapter: str) -> bool:
+        """Whether the coder's own top-k decides if a concept is on."""
+        return False
+
+    def _applies(self, group: Group, hidden: Tensor) -> bool | Tensor:
+        """Which tokens [B, L] are steered. A pass over a single token counts as generated, a longer one as prompt."""
+        if hidden.ndim != 3:
+            return True
+        batch, length = hidden.shape[:2]
+        if group.positions == ("prompt" if length == 1 else "generated"):
+            return False
+        if not group.skips_first_token:
+            return True
+        return ~self._observed().is_first(batch, length, hidden.device)
+
+    def scores(self, adapter: str, hidden: Tensor, kind: str) -> Tensor:
+        """Pre-activations or latents of all concepts [..., C], without gradients."""
+        settings, rows = self.concept_settings(adapter), self.concept_rows(adapter)
+        with torch.no_grad():
+            pre = scar_scores(hidden, *rows[:3], eps=settings.norm_eps, normalize=settings.normalize)
+            if kind == "pre":
+                return pre
+            is_open = self.kept(adapter, hidden) if settings.gate == "topk" else pre > settings.open_above
+            return torch.where(is_open, getattr(torch, settings.activation)(pre), 0.0)
+
+
+@torch.compiler.disable
+def _record(layer: SteeringHook, recorders: "tuple[Recorder, ...]", hidden: Tensor) -> None:
+    for recorder in recorders:
+        recorder.add(layer, layer._observed(), hidden.detach())
+
+
+def _copied(plan: Plan) -> Plan:
+    with torch.inference_mode(False):  # so that it can be written to in any mode
+        return Plan(plan.mode, tuple(replace(group, values=group.values.clone()) for group in plan.groups))
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

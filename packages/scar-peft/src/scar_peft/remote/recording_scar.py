@@ -1,0 +1,200 @@
+"""Concept scores of the tokens that a model reads anyway, without a second pass."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .hook_scar import RECORDERS, SteeringHook
+from .passes_scar import Pass
+from .steering_scar import steering_layers
+
+Kind = Literal["latent", "pre"]
+Pooling = Literal["mean", "max", "last"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ConceptScores(Mapping[str, Tensor]):
+    """Scores of every token for every concept: `scores["toxicity"]` is [B, L] float32."""
+
+    scores: dict[str, Tensor]
+    """[B, L] by concept; 0 where `is_scored` is False."""
+
+    is_scored: Tensor
+    """[B, L]: False for padding, as far as the model was given a mask, and for tokens that it has not read."""
+
+    def __getitem__(self, concept: str) -> Tensor:
+        if concept not in self.scores:
+            raise KeyError(f"concept must be one of {sorted(self.scores)}, got {concept!r}.")
+        return self.scores[concept]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        rows, columns = self.is_scored.shape
+        return f"ConceptScores({', '.join(self.scores)}: {rows} sequences of {columns} tokens)"
+
+    def pooled(self, how: Pooling = "mean", attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """One score per sequence [B]: the mean, the largest or the last over its scored tokens; 0 if there are none.
+
+        Args:
+            how: "mean" (the original's sequence score), "max" or "last".
+            attention_mask: [B, L], 1 for tokens that count; those that were not scored never do.
+        """
+        counts = self.is_scored
+        if attention_mask is not None:
+            if attention_mask.shape != counts.shape:
+                raise ValueError(
+                    f"attention_mask must have the shape of the scores {tuple(counts.shape)}, "
+                    f"got {tuple(attention_mask.shape)}."
+                )
+            counts = counts & attention_mask.to(counts.device).bool()
+        if how not in _POOLINGS:
+            raise ValueError(f"how must be one of {', '.join(_POOLINGS)}, got {how!r}.")
+        return {name: _POOLINGS[how](scores, counts) for name, scores in self.scores.items()}
+
+
+class Recorder:
+    """What passes leave behind while `record_scores` is open."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+        self._parts: dict[tuple[int, str], list[tuple[Pass, Tensor]]] = {}
+        self._names: dict[tuple[int, str], tuple[str, ...]] = {}
+
+    def add(self, layer: SteeringHook, place: Pass, hidden: Tensor) -> None:
+        """Keep the scores of one layer in one pass; a block that is computed again leaves what it left before."""
+        for adapter in layer.adapters_in_use():
+            key = (layer.layer_index, adapter)
+            self._names[key] = layer.concept_settings(adapter).concepts
+            parts = self._parts.setdefault(key, [])
+            if parts and parts[-1][0] is place:
+                parts.pop()
+            parts.append((place, layer.scores(adapter, hidden, self._kind).float()))
+
+    @property
+    def passes(self) -> int:
+        """Number of passes recorded so far."""
+        return max((len(parts) for parts in self._parts.values()), default=0)
+
+    @property
+    def scores(self) -> ConceptScores:
+        """Mean over layers. Consecutive passes are parts of one sequence, as in `generate`.
+
+        Raises:
+            RuntimeError: nothing has run yet.
+            ValueError: the passes had different numbers of rows.
+        """
+        per_layer = list(self.layers.values())
+        names = {name: None for each in per_layer for name in each}
+        mean = {name: torch.stack([each[name] for each in per_layer if name in each]).mean(0) for name in names}
+        return ConceptScores(mean, per_layer[0].is_scored)
+
+    @property
+    def layers(self) -> dict[int, ConceptScores]:
+        """Scores by the block's index; adapters that share a concept are averaged."""
+        if not self._parts:
+            raise RuntimeError("no scores are recorded. Run the model inside `with record_scores(model) as record:`.")
+        found: dict[int, ConceptScores] = {}
+        for index in sorted({layer for layer, _ in self._parts}):
+            columns: dict[str, list[Tensor]] = {}
+            for key in [key for key in self._parts if key[0] == index]:
+                whole, is_scored = _joined(self._parts[key])
+                for concept, name in enumerate(self._names[key]):
+                    columns.setdefault(name, []).append(whole[..., concept])
+            scores = {name: torch.stack(each).mean(0).where(is_scored, 0.0) for name, each in columns.items()}
+            found[index] = ConceptScores(scores, is_scored)
+        return found
+
+    def pooled(self, how: Pooling = "mean", attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """`scores.pooled(...)`."""
+        return self.scores.pooled(how, attention_mask)
+
+    def reordered(self, rows: list[Tensor], length: int) -> ConceptScores:
+        """Scores of the sequences that a search kept, from those of its rows at each pass.
+
+        Args:
+            rows: for every pass, which of its rows each kept sequence went through [R]; -1 where it had ended.
+            length: tokens of a sequence; those behind the last pass are not scored.
+        """
+        for parts in self._parts.values():
+            for number, (place, scores) in enumerate(parts):
+                chosen = rows[number].to(scores.device)
+                mask = place.attention_mask if place.attention_mask is not None else torch.ones_like(scores[..., 0])
+                mask = mask[:, -scores.shape[1] :].to(scores.device)[chosen.clamp(min=0)] * (chosen >= 0)[:, None]
+                parts[number] = (Pass(attention_mask=mask), scores[chosen.clamp(min=0)])
+        found = self.scores
+        missing = (0, length - found.is_scored.shape[1])
+        pad = torch.nn.functional.pad
+        return ConceptScores({name: pad(each, missing) for name, each in found.items()}, pad(found.is_scored, missing))
+
+
+@contextmanager
+def record_scores(model: nn.Module, kind: Kind = "latent") -> Iterator[Recorder]:
+    """Keep the concept scores of every token that the model reads in the block.
+
+    Args:
+        model: any model that holds SCAR layers, a pipeline's model included.
+        kind: "latent" (what steering acts on, 0 where the concept is off) or "pre" (before activation and gate: what
+            the concept loss is trained on, the better one to rank tokens by).
+
+    Yields:
+        A recorder: `.scores["concept"]` [B, L] float32, `.scores.is_scored`, `.pooled("mean")`, `.layers[25]`.
+
+    Example:
+        >>> with record_scores(model) as record:
+        ...     model(**batch)
+        >>> record.scores["scripture"].shape
+    """
+    if kind not in ("latent", "pre"):
+        raise ValueError(f'kind must be "latent" or "pre", got {kind!r}.')
+    recorder = Recorder(kind)
+    layers = steering_layers(model)
+    before = RECORDERS.get()
+    token = RECORDERS.set({**before, **{layer: (*before.get(layer, ()), recorder) for layer in layers}})
+    for layer in layers:
+        layer.refresh()
+    try:
+        yield recorder
+    finally:
+        RECORDERS.reset(token)
+        for layer in layers:
+            layer.refresh()
+
+
+def _joined(parts: list[tuple[Pass, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Scores [B, L, C] of consecutive passes, and which columns hold real tokens [B, L]."""
+    rows = {scores.shape[0] for _, scores in parts}
+    if len(rows) > 1:
+        raise ValueError(f"passes must have the same number of rows, got {sorted(rows)}: record each batch on its own.")
+    real = []
+    for place, scores in parts:
+        mask = place.is_real(scores.shape[1])
+        whole = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
+        real.append(whole if mask is None or mask.shape != whole.shape else mask.to(scores.device))
+    return torch.cat([scores for _, scores in parts], dim=1), torch.cat(real, dim=1)
+
+
+def _mean(scores: Tensor, counts: Tensor) -> Tensor:
+    return (scores * counts).sum(-1) / counts.sum(-1).clamp(min=1)
+
+
+def _max(scores: Tensor, counts: Tensor) -> Tensor:
+    largest = scores.masked_fill(~counts, -torch.inf).amax(-1)
+    return torch.where(counts.any(-1), largest, 0.0)
+
+
+def _last(scores: Tensor, counts: Tensor) -> Tensor:
+    columns = torch.arange(scores.shape[-1], device=scores.device)
+    last = torch.where(counts, columns, -1).amax(-1)
+    return torch.where(last >= 0, scores.gather(-1, last.clamp(min=0)[:, None])[:, 0], 0.0)
+
+
+_POOLINGS = {"mean": _mean, "max": _max, "last": _last}
