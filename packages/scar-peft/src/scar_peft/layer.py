@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .coder import CoderWeights, fold_concepts
 from .config import ScarConfig
-from .remote.coder_kernels_scar import sae_encode_topk, topk_sparse_decode
+from .remote.kernels_coder_scar import sae_encode_topk, topk_sparse_decode
 from .remote.hook_scar import ConceptRows, SteeringHook
 from .remote.settings_scar import ELEMENTWISE, ConceptSettings
 from .remote.steering_scar import start_steering
