@@ -1,0 +1,153 @@
+"""Order of training: shuffled batches of token rows, from a store on disk or straight from the model."""
+
+from collections.abc import Iterator, Mapping
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .activations import ActivationRows
+from .store import ActivationStore
+
+_BLOCK_ROWS = 1024
+"""Rows that stay together on the way from disk to the buffer: long reads, yet many parts of the store in a buffer."""
+
+
+class _Block(NamedTuple):
+    shard: int
+    start: int
+    stop: int
+
+
+def is_held_out(seq_id: np.ndarray, share: float) -> np.ndarray:
+    """Which texts are kept for validation: a hash of their number, so that a text is never on both sides."""
+    mixed = (seq_id.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return (mixed >> np.uint64(40)) < np.uint64(round(share * (1 << 24)))
+
+
+class StoreSampler:
+    """Batches of one process from a store: blocks in random order, rows shuffled within a buffer.
+
+    The batch of an epoch and step depends on nothing else, so a run can be continued at any step.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        batch_rows: int,
+        *,
+        buffer_rows: int = 1 << 18,
+        validation_share: float = 0.0,
+        seed: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        """Plan the epochs.
+
+        Args:
+            store: all processes open the same.
+            batch_rows: rows per step of this process. Rows that fill no whole batch wait for another epoch.
+            buffer_rows: rows that are shuffled together in memory.
+            validation_share: share of the texts that is left out here.
+            seed: of the order.
+            rank: which process this is; it takes its part of the rows of every shard.
+            processes: number of processes. All take equally many steps.
+
+        Raises:
+            ValueError: the store has fewer rows than one batch of every process.
+        """
+        self.store, self.batch_rows, self.seed, self.rank = store, batch_rows, seed, rank
+        self._share = validation_share
+        self._buffer_rows = max(1, buffer_rows // batch_rows) * batch_rows
+        self._blocks, self._rows = self._plan(rank, processes)
+        per_process = [
+            self._plan(other, processes)[1].sum() if other != rank else self._rows.sum() for other in range(processes)
+        ]
+        self.steps_per_epoch = int(min(per_process)) // batch_rows
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"batch_tokens must be at most the rows for training ({int(min(per_process)) * processes}), "
+                f"got {batch_rows * processes}."
+            )
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[ActivationRows]:
+        """The batches of an epoch from step `start` on."""
+        order = np.random.default_rng((self.seed, epoch, self.rank)).permutation(len(self._blocks))
+        ends = np.cumsum(self._rows[order])
+        per_buffer = self._buffer_rows // self.batch_rows
+        for number in range(start // per_buffer, -(-self.steps_per_epoch // per_buffer)):
+            rows = self._buffer(order, ends, number)
+            shuffle = np.random.default_rng((self.seed, epoch, self.rank, number)).permutation(len(rows.seq_id))
+            first = max(start - number * per_buffer, 0)
+            last = min(per_buffer, self.steps_per_epoch - number * per_buffer)
+            for step in range(first, last):
+                yield rows.take(torch.from_numpy(shuffle[step * self.batch_rows : (step + 1) * self.batch_rows]))
+
+    def batches_from(self, step: int) -> Iterator[ActivationRows]:
+        """The batches of all steps from `step` on, epoch after epoch, without end."""
+        epoch, start = divmod(step, self.steps_per_epoch)
+        for number in count(epoch):
+            yield from self.batches(number, start if number == epoch else 0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: the step says it all."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to go on from but the step."""
+
+    def _buffer(self, order: np.ndarray, ends: np.ndarray, number: int) -> ActivationRows:
+        """Rows number * buffer_rows ... (number + 1) * buffer_rows of the epoch's order of blocks."""
+        first, last = number * self._buffer_rows, min((number + 1) * self._buffer_rows, int(ends[-1]))
+        parts = []
+        for place in range(int(np.searchsorted(ends, first, "right")), len(order)):
+            begin = int(ends[place] - self._rows[order[place]])
+            if begin >= last:
+                break
+            rows = self._training_rows(self._blocks[order[place]])
+            parts.append(rows.take(slice(max(first - begin, 0), last - begin)))
+        return ActivationRows.cat(parts)
+
+    def _training_rows(self, block: _Block) -> ActivationRows:
+        rows = self.store.read(*block)
+        if not self._share:
+            return rows
+        return rows.take(torch.from_numpy(np.flatnonzero(~is_held_out(rows.seq_id.numpy(), self._share))))
+
+    def _plan(self, rank: int, processes: int) -> tuple[list[_Block], np.ndarray]:
+        """Blocks of a process, and the number of training rows in each."""
+        blocks, counts = [], []
+        for shard, rows in enumerate(self.store.shard_rows):
+            first, last = rows * rank // processes, rows * (rank + 1) // processes
+            held_out = is_held_out(self.store.seq_ids(shard), self._share) if self._share else np.zeros(rows, bool)
+            for start in range(first, last, _BLOCK_ROWS):
+                block = _Block(shard, start, min(start + _BLOCK_ROWS, last))
+                if kept := int((~held_out[start : block.stop]).sum()):
+                    blocks.append(block)
+                    counts.append(kept)
+        return blocks, np.array(counts, dtype=np.int64)
+
+
+def validation_batches(
+    store: ActivationStore, batch_rows: int, share: float | None, *, rank: int = 0, processes: int = 1
+) -> Iterator[ActivationRows]:
+    """The rows of held-out texts in the store's order, each in one of the processes.
+
+    Args:
+        store: a store.
+        batch_rows: at most so many rows at a time.
+        share: as in `StoreSampler`. None: every text of the store.
+        rank: which process this is.
+        processes: number of processes.
+    """
+    for shard, rows in enumerate(store.shard_rows):
+        first, last = rows * rank // processes, rows * (rank + 1) // processes
+        for start in range(first, last, batch_rows):
+            block = store.read(shard, start, min(start + batch_rows, last))
+            if share is not None:
+                block = block.take(torch.from_numpy(np.flatnonzero(is_held_out(block.seq_id.numpy(), share))))
+            if len(block.seq_id):
+                yield block

@@ -1,0 +1,251 @@
+"""`ScarTrainer`: trains the coders of a SCAR adapter on a labelled dataset."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from torch import nn
+
+from ..layer import scar_layers
+from .activations import ActivationRows
+from .arguments import ScarTrainingArguments
+from .checkpoint import latest_checkpoint
+from .harvest import harvest, warn_of_single_class
+from .labels import LabelReader
+from .objective import CoderSettings, SparseCoder
+from .run import CoderStack, TrainingRun
+from .sampler import StoreSampler, validation_batches
+from .store import ActivationStore
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run did."""
+
+    steps: int
+    """Number of steps, those before a resumption included."""
+
+    log_history: list[dict[str, float]]
+    """One entry per `log_steps` and per validation. Keys of a layer end in `/<layer>`."""
+
+    metrics: dict[str, float]
+    """The last validation."""
+
+
+class ScarTrainer:
+    """Trains an adapter's coders on the frozen model's activations, with labels for its concepts.
+
+    Activations are computed once, up to the last layer that is needed, and kept on disk; training then reads them in a
+    shuffled order. With `accelerate launch`, processes share both. A run that was stopped goes on bit by bit as if it
+    had not been.
+
+    Example:
+        >>> model = get_peft_model(base, ScarConfig(layers=[25], concepts=["toxicity"]))
+        >>> arguments = ScarTrainingArguments("out", learning_rate=1e-4, num_epochs=3)
+        >>> ScarTrainer(model, dataset, text_column="prompt", args=arguments, processing_class=tokenizer).train()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        *,
+        text_column: str = "text",
+        label_columns: str | Sequence[str] | None = None,
+        args: ScarTrainingArguments,
+        processing_class: Any = None,
+        eval_dataset: Any = None,
+        adapter_name: str | None = None,
+        on_log: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            model: a model with a SCAR adapter: what `get_peft_model` returns, or any module tree with SCAR layers.
+            dataset: rows with a text and labels: a `datasets.Dataset`, a list of dicts or an iterable of dicts.
+            text_column: where the text is.
+            label_columns: one column per concept in the order of the adapter's concepts, or one column with the values
+                of all concepts, as a list or a dict. None: columns named like the concepts.
+            args: settings.
+            processing_class: the model's tokenizer. None: loaded from where the model came from.
+            eval_dataset: rows for validation; None: a share of the texts of `dataset` is held out.
+            adapter_name: which adapter to train. None: the active one.
+            on_log: called with each entry of the log, in the main process.
+
+        Raises:
+            ValueError: the model has no adapter that can be trained, or labels and concepts do not fit.
+        """
+        self.model, self.dataset, self.eval_dataset, self.args, self.on_log = model, dataset, eval_dataset, args, on_log
+        self.adapter_name = adapter_name or _active_adapter(model)
+        self.layers = {layer.layer_index: layer for layer in scar_layers(model, self.adapter_name)}
+        self.config = next(iter(self.layers.values())).config(self.adapter_name)
+        concepts = tuple(self.config.concepts)
+        columns = (label_columns,) if isinstance(label_columns, str) else tuple(label_columns or concepts)
+        self.reader = LabelReader(
+            concepts=concepts,
+            columns=columns,
+            text_column=text_column,
+            level=args.label_level,
+            threshold=args.label_threshold,
+            soft=args.soft_labels,
+        )
+        self.processing_class = processing_class or _tokenizer_of(model)
+        self.log_history: list[dict[str, float]] = []
+        self._check_trainable()
+        hook = DDPCommunicationHookType.BF16 if args.grad_dtype == "bfloat16" else DDPCommunicationHookType.NO
+        self.accelerator = Accelerator(
+            mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(comm_hook=hook)]
+        )
+        self._rank, self._processes = self.accelerator.process_index, self.accelerator.num_processes
+        if args.batch_tokens % self._processes:
+            raise ValueError(
+                f"batch_tokens must be a multiple of the number of processes ({self._processes}), "
+                f"got {args.batch_tokens}."
+            )
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainingResult:
+        """Compute the activations if they are not there yet, and train.
+
+        Args:
+            resume_from_checkpoint: True for the latest checkpoint in `output_dir`, or the folder of one.
+
+        Returns:
+            The log and the last validation; the adapter in the model is trained.
+
+        Raises:
+            ValueError: the dataset does not fit, the store belongs to other data (the message names the field), or the
+                checkpoint to other settings.
+        """
+        store = self._harvest(self.dataset, "train")
+        warn_of_single_class(store)
+        sampler = StoreSampler(
+            store,
+            self.args.batch_tokens // self._processes,
+            buffer_rows=self.args.buffer_tokens,
+            validation_share=self._held_out_share,
+            seed=self.args.seed,
+            rank=self._rank,
+            processes=self._processes,
+        )
+        run = TrainingRun(
+            self.accelerator,
+            CoderStack(
+                {
+                    index: SparseCoder(layer.weights(self.adapter_name), self._settings(store))
+                    for index, layer in self.layers.items()
+                }
+            ),
+            sampler,
+            self.args,
+            total_steps=self.args.max_steps or math.ceil(self.args.num_epochs * sampler.steps_per_epoch),
+            steps_per_epoch=sampler.steps_per_epoch,
+            concepts=self.config.concepts,
+            on_log=self.on_log,
+        )
+        if resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = latest_checkpoint(Path(self.args.output_dir))
+            run.resume(Path(resume_from_checkpoint))
+        metrics = run.train(self._validation(store))
+        self.log_history = run.log_history
+        return TrainingResult(run.total_steps, run.log_history, metrics)
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write the adapter, by default to `output_dir`; in the main process only."""
+        if self.accelerator.is_main_process:
+            self.model.save_pretrained(output_dir or self.args.output_dir)  # type: ignore[operator]
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _held_out_share(self) -> float:
+        return 0.0 if self.eval_dataset is not None else self.args.validation_share
+
+    def _harvest(self, dataset: Any, part: str) -> ActivationStore:
+        args = self.args
+        root = Path(args.store_dir) if args.store_dir else Path(args.output_dir) / "activations"
+        if not hasattr(self.model, "hf_device_map") and not _is_quantized(self.model):
+            self.model.to(self.accelerator.device)
+        return harvest(
+            self.model,
+            self.processing_class,
+            dataset,
+            root / part,
+            reader=self.reader,
+            targets={index: layer.get_base_layer() for index, layer in self.layers.items()},
+            site=self.config.site,
+            batch_size=args.harvest_batch_size,
+            max_length=args.max_length,
+            drop_sink_tokens=args.drop_sink_tokens,
+            shard_tokens=args.shard_tokens,
+            rank=self._rank,
+            processes=self._processes,
+            barrier=self.accelerator.wait_for_everyone,
+            progress_bar=args.progress_bar,
+        )
+
+    def _validation(self, store: ActivationStore) -> Callable[[], Iterable[ActivationRows]] | None:
+        """What gives the rows for validation, once per call."""
+        share = self._held_out_share or None
+        if self.eval_dataset is not None:
+            store, share = self._harvest(self.eval_dataset, "eval"), None
+        elif share is None:
+            return None
+        rows = self.args.batch_tokens
+        return lambda: validation_batches(store, rows, share, rank=self._rank, processes=self._processes)
+
+    def _settings(self, store: ActivationStore) -> CoderSettings:
+        args, config = self.args, self.config
+        weights = [args.pos_weight]
+        if args.balance_classes:
+            counts = zip(store.positives, store.negatives, strict=True)
+            weights = [args.pos_weight * negatives / max(1, positives) for positives, negatives in counts]
+        return CoderSettings(
+            k=config.kept,
+            concepts=len(config.concepts),
+            activation=config.activation,
+            always=config.always_kept,
+            eps=config.norm_eps,
+            normalize=config.normalize,
+            concept_weight=args.concept_weight,
+            pos_weight=tuple(weights),
+            unlabelled_as_negative=args.unlabelled_as_negative,
+            soft_labels=args.soft_labels,
+            auxk=args.auxk,
+            auxk_weight=args.auxk_weight,
+        )
+
+    def _check_trainable(self) -> None:
+        if self.config.compact:
+            raise ValueError(
+                "model must hold a full adapter to be trained, got a compact one, which has no other latents."
+            )
+        for layer in self.layers.values():
+            if not all(tensor.requires_grad for tensor in layer.weights(self.adapter_name)):
+                raise ValueError(
+                    f"the adapter {self.adapter_name!r} must be trainable, got frozen weights; load it with "
+                    "PeftModel.from_pretrained(..., is_trainable=True), or make it the active one."
+                )
+
+
+def _active_adapter(model: nn.Module) -> str:
+    names: list[str] = scar_layers(model)[0].active_adapters  # type: ignore[assignment]
+    if len(names) != 1:
+        raise ValueError(f"adapter_name must be given, because several are active: {names}.")
+    return names[0]
+
+
+def _tokenizer_of(model: nn.Module) -> Any:
+    from transformers import AutoTokenizer
+
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
+    if not name:
+        raise ValueError("processing_class must be given: the model does not say where it came from.")
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None
