@@ -42,6 +42,26 @@ assert found._repr_html_().startswith("<") and "units" in str(found)
 with atman_explain.steer(model, factors=[1.0, 0.0, 1.0, 3.0]):
     model.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=3, do_sample=False)
 """,
+    "scar-peft": """
+import tempfile, torch, scar_peft
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+base = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+ids = torch.tensor([[1, 2, 3, 4]])
+plain = base(ids).logits
+config = scar_peft.ScarConfig(layers=[1], site="block", concepts=["polite"], n_latents=64, k=8, task_type="CAUSAL_LM")
+model = get_peft_model(base, config).eval()
+assert torch.equal(model(ids).logits, plain)
+steered = model(ids, steering={"polite": 1.0}, return_concept_scores=True)
+assert not torch.equal(steered.logits, plain) and steered.concept_scores["polite"].shape == (1, 4)
+with tempfile.TemporaryDirectory() as folder:
+    scar_peft.compact(model).save_pretrained(folder)
+    again = PeftModel.from_pretrained(model.unload(), folder).eval()
+    same = again(ids, steering={"polite": 1.0}).logits
+assert torch.allclose(same, steered.logits, atol=1e-5), (same - steered.logits).abs().max()
+""",
     "shared-kernels": """
 import torch
 from shared_kernels import csr_gather_sum
