@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .fused_linear_bce import fused_linear_bce as fused_linear_bce
     from .hash_embedding_bag import hash_embedding_bag as hash_embedding_bag
     from .mix32_rows import mix32_rows as mix32_rows
+    from .sparse_coder import sae_encode_topk as sae_encode_topk
+    from .sparse_coder import topk_select as topk_select
+    from .sparse_coder import topk_sparse_decode as topk_sparse_decode
 
 API = 1
 """Generation of the operators' signatures; a caller that was written for another one must not use this package."""
@@ -32,6 +35,9 @@ _OPERATORS = {
     "fused_linear_bce": "fused_linear_bce",
     "hash_embedding_bag": "hash_embedding_bag",
     "mix32_rows": "mix32_rows",
+    "sae_encode_topk": "sparse_coder",
+    "topk_select": "sparse_coder",
+    "topk_sparse_decode": "sparse_coder",
 }
 
 __all__ = sorted([*_OPERATORS, "__version__"])  # noqa: PLE0605 (computed, so that a name has one home)
