@@ -1,7 +1,7 @@
 """Texts -> activations of a frozen language model at some of its modules, one row per token."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -102,6 +102,7 @@ def activation_windows(
     start: int = 0,
     rank: int = 0,
     processes: int = 1,
+    is_wanted: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[tuple[int, ActivationRows]]:
     """Yield the activations of a dataset, some texts at a time.
 
@@ -118,12 +119,15 @@ def activation_windows(
         start: number of this process's texts to skip.
         rank: which process this is; it reads every `processes`-th row, beginning with this one.
         processes: number of processes that share the dataset.
+        is_wanted: tells by its number whether a text is used.
 
     Yields:
         Number of this process's texts done so far, and their rows on the CPU. Padding is left out.
     """
-    own = islice(enumerate(rows_of(dataset)), rank + start * processes, None, processes)
-    done = start
+    own: Iterator[tuple[int, Mapping[str, Any]]] = islice(
+        enumerate(rows_of(dataset)), rank + start * processes, None, processes
+    )
+    own = filter(lambda numbered: is_wanted(numbered[0]), own)
     while window := list(islice(own, batch_size * _WINDOW_BATCHES)):
         texts = reader.tokenize([row for _, row in window], tokenizer, max_length)
         order = sorted((i for i, text in enumerate(texts) if text.input_ids), key=lambda i: len(texts[i].input_ids))
@@ -131,9 +135,8 @@ def activation_windows(
             _rows_of_batch(model, targets, [(window[i][0], texts[i]) for i in batch], drop_sink_tokens, reader.soft)
             for batch in (order[first : first + batch_size] for first in range(0, len(order), batch_size))
         ]
-        done += len(window)
-        if parts:
-            yield done, ActivationRows.cat(parts)
+        if any(len(part.seq_id) for part in parts):
+            yield (window[-1][0] - rank) // processes + 1, ActivationRows.cat(parts)
 
 
 def _rows_of_batch(
@@ -194,11 +197,11 @@ def _adapters_off(model: nn.Module) -> Iterator[None]:
     active = [layer for layer in model.modules() if isinstance(layer, ScarLayer) and not layer.disable_adapters]
     flags = {name: p.requires_grad for name, p in model.named_parameters()} if active else {}
     for layer in active:
-        layer.enable_adapters(False)
+        layer.enable_adapters(False)  # type: ignore[operator]
     try:
         yield
     finally:
         for layer in active:
-            layer.enable_adapters(True)
+            layer.enable_adapters(True)  # type: ignore[operator]
         for name, parameter in model.named_parameters() if flags else ():
             parameter.requires_grad_(flags[name])

@@ -1,6 +1,7 @@
 """Fills an activation store from a dataset: once, in one pass for all layers, resumable after a kill."""
 
 import hashlib
+import json
 import logging
 import shutil
 import sys
@@ -227,7 +228,9 @@ def _hash_of_weights(model: nn.Module) -> str:
 
 def _hash_of_tokenizer(tokenizer: Any) -> str:
     to_str = getattr(getattr(tokenizer, "backend_tokenizer", None), "to_str", None)
-    content = to_str() if to_str else repr(sorted(tokenizer.get_vocab().items()))
+    parts: dict[str, Any] = json.loads(to_str()) if to_str else tokenizer.get_vocab()
+    used = ("truncation", "padding") if to_str else ()  # where a tokenizer keeps the settings of its last call
+    content = json.dumps({name: part for name, part in parts.items() if name not in used}, sort_keys=True)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

@@ -1,6 +1,6 @@
 """Order of training: shuffled batches of token rows, from a store on disk or straight from the model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from typing import NamedTuple
 
@@ -21,10 +21,15 @@ class _Block(NamedTuple):
     stop: int
 
 
-def is_held_out(seq_id: np.ndarray, share: float) -> np.ndarray:
-    """Which texts are kept for validation: a hash of their number, so that a text is never on both sides."""
-    mixed = (seq_id.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+def is_held_out(text: int, share: float) -> bool:
+    """Whether a text is kept for validation: a hash of its number, so that a text is never on both sides."""
+    return bool(_are_held_out(np.array([text]), share)[0])
+
+
+def _are_held_out(seq_id: np.ndarray, share: float) -> np.ndarray:
+    mixed = (seq_id.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (mixed >> np.uint64(40)) < np.uint64(round(share * (1 << 24)))
 
 
@@ -115,14 +120,14 @@ class StoreSampler:
         rows = self.store.read(*block)
         if not self._share:
             return rows
-        return rows.take(torch.from_numpy(np.flatnonzero(~is_held_out(rows.seq_id.numpy(), self._share))))
+        return rows.take(torch.from_numpy(np.flatnonzero(~_are_held_out(rows.seq_id.numpy(), self._share))))
 
     def _plan(self, rank: int, processes: int) -> tuple[list[_Block], np.ndarray]:
         """Blocks of a process, and the number of training rows in each."""
         blocks, counts = [], []
         for shard, rows in enumerate(self.store.shard_rows):
             first, last = rows * rank // processes, rows * (rank + 1) // processes
-            held_out = is_held_out(self.store.seq_ids(shard), self._share) if self._share else np.zeros(rows, bool)
+            held_out = _are_held_out(self.store.seq_ids(shard), self._share) if self._share else np.zeros(rows, bool)
             for start in range(first, last, _BLOCK_ROWS):
                 block = _Block(shard, start, min(start + _BLOCK_ROWS, last))
                 if kept := int((~held_out[start : block.stop]).sum()):
@@ -131,15 +136,95 @@ class StoreSampler:
         return blocks, np.array(counts, dtype=np.int64)
 
 
+class StreamSampler:
+    """Batches of one process straight from the model: a shuffled buffer in memory, filled up when half of it is used.
+
+    After the last text it begins again with the first. Processes need not agree on anything.
+    """
+
+    def __init__(
+        self,
+        windows: Callable[[int], Iterator[tuple[int, ActivationRows]]],
+        batch_rows: int,
+        *,
+        buffer_rows: int = 1 << 18,
+        seed: int = 0,
+        rank: int = 0,
+    ) -> None:
+        """Begin with an empty buffer.
+
+        Args:
+            windows: gives rows from a text on, each time with the number of texts done; as `activation_windows`.
+            batch_rows: rows per step of this process.
+            buffer_rows: rows that are shuffled together in memory.
+            seed: of the order.
+            rank: which process this is.
+        """
+        self._windows, self._batch_rows, self._buffer_rows = windows, batch_rows, buffer_rows
+        self._seed = (seed, rank)
+        self._texts_done = self._fillings = self._used = 0
+        self._buffer: ActivationRows | None = None
+
+    def batches_from(self, step: int) -> Iterator[ActivationRows]:
+        """Batches without end; the step is where the state says."""
+        source = self._windows(self._texts_done)
+        while True:
+            if self._left() < max(self._batch_rows, self._buffer_rows // 2):
+                source = self._fill(source)
+            assert self._buffer is not None
+            self._used += self._batch_rows
+            yield self._buffer.take(slice(self._used - self._batch_rows, self._used))
+
+    def state(self) -> dict[str, Tensor]:
+        """Where in the texts it is, and the rows that wait in the buffer."""
+        counters = torch.tensor([self._texts_done, self._fillings])
+        if self._buffer is None:
+            return {"stream.counters": counters}
+        rows = self._buffer.take(slice(self._used, None))
+        acts = {f"stream.acts.{layer}": values for layer, values in rows.acts.items()}
+        marks = {f"stream.{name}": getattr(rows, name) for name in ("labels", "seq_id", "pos")}
+        return {"stream.counters": counters, **acts, **marks}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state."""
+        self._texts_done, self._fillings = state["stream.counters"].tolist()
+        prefix, self._used = "stream.acts.", 0
+        acts = {int(name.removeprefix(prefix)): state[name] for name in state if name.startswith(prefix)}
+        if acts:
+            self._buffer = ActivationRows(acts, state["stream.labels"], state["stream.seq_id"], state["stream.pos"])
+
+    def _left(self) -> int:
+        return len(self._buffer.seq_id) - self._used if self._buffer else 0
+
+    def _fill(self, source: Iterator[tuple[int, ActivationRows]]) -> Iterator[tuple[int, ActivationRows]]:
+        """Add rows until the buffer is full and shuffle it; return what the rows came from, maybe begun anew."""
+        parts = [self._buffer.take(slice(self._used, None))] if self._buffer else []
+        held, is_fresh = self._left(), False
+        while held < self._buffer_rows:
+            texts_done, rows = next(source, (0, None))
+            if rows is None:
+                if is_fresh:
+                    raise ValueError("dataset must hold at least one token for training, got none.")
+                source, is_fresh = self._windows(0), True
+            else:
+                parts.append(rows)
+                held, is_fresh = held + len(rows.seq_id), False
+            self._texts_done = texts_done
+        shuffle = np.random.default_rng((*self._seed, self._fillings)).permutation(held)
+        self._buffer = ActivationRows.cat(parts).take(torch.from_numpy(shuffle))
+        self._fillings, self._used = self._fillings + 1, 0
+        return source
+
+
 def validation_batches(
-    store: ActivationStore, batch_rows: int, share: float | None, *, rank: int = 0, processes: int = 1
+    store: ActivationStore, batch_rows: int, share: float, *, rank: int = 0, processes: int = 1
 ) -> Iterator[ActivationRows]:
     """The rows of held-out texts in the store's order, each in one of the processes.
 
     Args:
         store: a store.
         batch_rows: at most so many rows at a time.
-        share: as in `StoreSampler`. None: every text of the store.
+        share: as in `StoreSampler`; 1 takes every text of the store.
         rank: which process this is.
         processes: number of processes.
     """
@@ -147,7 +232,6 @@ def validation_batches(
         first, last = rows * rank // processes, rows * (rank + 1) // processes
         for start in range(first, last, batch_rows):
             block = store.read(shard, start, min(start + batch_rows, last))
-            if share is not None:
-                block = block.take(torch.from_numpy(np.flatnonzero(is_held_out(block.seq_id.numpy(), share))))
+            block = block.take(torch.from_numpy(np.flatnonzero(_are_held_out(block.seq_id.numpy(), share))))
             if len(block.seq_id):
                 yield block

@@ -1,7 +1,7 @@
 """`ScarTrainer`: trains the coders of a SCAR adapter on a labelled dataset."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from torch import nn
 
 from ..layer import scar_layers
-from .activations import ActivationRows
+from .activations import ActivationRows, activation_windows
 from .arguments import ScarTrainingArguments
 from .checkpoint import latest_checkpoint
 from .harvest import harvest, warn_of_single_class
 from .labels import LabelReader
 from .objective import CoderSettings, SparseCoder
 from .run import CoderStack, TrainingRun
-from .sampler import StoreSampler, validation_batches
+from .sampler import StoreSampler, StreamSampler, is_held_out, validation_batches
 from .store import ActivationStore
 
 
@@ -100,6 +100,8 @@ class ScarTrainer:
         self.accelerator = Accelerator(
             mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(comm_hook=hook)]
         )
+        if not hasattr(model, "hf_device_map") and not _is_quantized(model):
+            model.to(self.accelerator.device)
         self._rank, self._processes = self.accelerator.process_index, self.accelerator.num_processes
         if args.batch_tokens % self._processes:
             raise ValueError(
@@ -120,29 +122,20 @@ class ScarTrainer:
             ValueError: the dataset does not fit, the store belongs to other data (the message names the field), or the
                 checkpoint to other settings.
         """
-        store = self._harvest(self.dataset, "train")
-        warn_of_single_class(store)
-        sampler = StoreSampler(
-            store,
-            self.args.batch_tokens // self._processes,
-            buffer_rows=self.args.buffer_tokens,
-            validation_share=self._held_out_share,
-            seed=self.args.seed,
-            rank=self._rank,
-            processes=self._processes,
-        )
+        store = self._harvest(self.dataset, "train") if self.args.store == "disk" else None
+        sampler = self._stored_rows(store) if store else self._streamed_rows()
+        steps_per_epoch = sampler.steps_per_epoch if isinstance(sampler, StoreSampler) else None
+        settings = self._settings(store)
+        coders = {
+            index: SparseCoder(layer.weights(self.adapter_name), settings) for index, layer in self.layers.items()
+        }
         run = TrainingRun(
             self.accelerator,
-            CoderStack(
-                {
-                    index: SparseCoder(layer.weights(self.adapter_name), self._settings(store))
-                    for index, layer in self.layers.items()
-                }
-            ),
+            CoderStack(coders),
             sampler,
             self.args,
-            total_steps=self.args.max_steps or math.ceil(self.args.num_epochs * sampler.steps_per_epoch),
-            steps_per_epoch=sampler.steps_per_epoch,
+            total_steps=self.args.max_steps or math.ceil(self.args.num_epochs * (steps_per_epoch or 0)),
+            steps_per_epoch=steps_per_epoch,
             concepts=self.config.concepts,
             on_log=self.on_log,
         )
@@ -167,40 +160,77 @@ class ScarTrainer:
     def _harvest(self, dataset: Any, part: str) -> ActivationStore:
         args = self.args
         root = Path(args.store_dir) if args.store_dir else Path(args.output_dir) / "activations"
-        if not hasattr(self.model, "hf_device_map") and not _is_quantized(self.model):
-            self.model.to(self.accelerator.device)
         return harvest(
             self.model,
             self.processing_class,
             dataset,
             root / part,
-            reader=self.reader,
-            targets={index: layer.get_base_layer() for index, layer in self.layers.items()},
             site=self.config.site,
-            batch_size=args.harvest_batch_size,
-            max_length=args.max_length,
-            drop_sink_tokens=args.drop_sink_tokens,
             shard_tokens=args.shard_tokens,
-            rank=self._rank,
-            processes=self._processes,
             barrier=self.accelerator.wait_for_everyone,
             progress_bar=args.progress_bar,
+            **self._reading(),
         )
 
-    def _validation(self, store: ActivationStore) -> Callable[[], Iterable[ActivationRows]] | None:
+    def _reading(self) -> dict[str, Any]:
+        """How activations are read; what `harvest` and `activation_windows` have in common."""
+        return {
+            "reader": self.reader,
+            "targets": {index: layer.get_base_layer() for index, layer in self.layers.items()},
+            "batch_size": self.args.harvest_batch_size,
+            "max_length": self.args.max_length,
+            "drop_sink_tokens": self.args.drop_sink_tokens,
+            "rank": self._rank,
+            "processes": self._processes,
+        }
+
+    def _stored_rows(self, store: ActivationStore) -> StoreSampler:
+        warn_of_single_class(store)
+        return StoreSampler(
+            store,
+            self.args.batch_tokens // self._processes,
+            buffer_rows=self.args.buffer_tokens,
+            validation_share=self._held_out_share,
+            seed=self.args.seed,
+            rank=self._rank,
+            processes=self._processes,
+        )
+
+    def _streamed_rows(self) -> StreamSampler:
+        share = self._held_out_share
+        return StreamSampler(
+            lambda start: self._windows(self.dataset, lambda text: not is_held_out(text, share), start),
+            self.args.batch_tokens // self._processes,
+            buffer_rows=self.args.buffer_tokens,
+            seed=self.args.seed,
+            rank=self._rank,
+        )
+
+    def _windows(
+        self, dataset: Any, is_wanted: Callable[[int], bool], start: int = 0
+    ) -> Iterator[tuple[int, ActivationRows]]:
+        return activation_windows(
+            self.model, self.processing_class, dataset, is_wanted=is_wanted, start=start, **self._reading()
+        )
+
+    def _validation(self, store: ActivationStore | None) -> Callable[[], Iterable[ActivationRows]] | None:
         """What gives the rows for validation, once per call."""
-        share = self._held_out_share or None
-        if self.eval_dataset is not None:
-            store, share = self._harvest(self.eval_dataset, "eval"), None
-        elif share is None:
+        share = self._held_out_share
+        if self.eval_dataset is None and not share:
             return None
+        if store is None:
+            if self.eval_dataset is not None:
+                return lambda: (rows for _, rows in self._windows(self.eval_dataset, lambda _: True))
+            return lambda: (rows for _, rows in self._windows(self.dataset, lambda text: is_held_out(text, share)))
+        if self.eval_dataset is not None:
+            store, share = self._harvest(self.eval_dataset, "eval"), 1.0
         rows = self.args.batch_tokens
         return lambda: validation_batches(store, rows, share, rank=self._rank, processes=self._processes)
 
-    def _settings(self, store: ActivationStore) -> CoderSettings:
+    def _settings(self, store: ActivationStore | None) -> CoderSettings:
         args, config = self.args, self.config
         weights = [args.pos_weight]
-        if args.balance_classes:
+        if store and args.balance_classes:
             counts = zip(store.positives, store.negatives, strict=True)
             weights = [args.pos_weight * negatives / max(1, positives) for positives, negatives in counts]
         return CoderSettings(
