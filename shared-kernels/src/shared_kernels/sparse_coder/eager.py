@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _GATHER_SHARES = {
-    "cpu": {"sum": ((4, 0.5), (64, 0.15), (2**62, 0.2)), "product": ((4, 0.5), (64, 0.15), (2**62, 0.12))},
-    "cuda": {"sum": ((12, 0.5), (2**62, 0.005)), "product": ((12, 0.5), (2**62, 0.005))},
+    ("cpu", "sum"): ((4, 0.5), (64, 0.15), (2**62, 0.2)),
+    ("cpu", "product"): ((4, 0.5), (64, 0.15), (2**62, 0.12)),
+    ("cuda", "sum"): ((1, 0.8), (2, 0.4), (4, 0.2), (8, 0.1), (16, 0.05), (2**62, 0.005)),
+    ("cuda", "product"): ((1, 0.8), (2, 0.4), (4, 0.2), (8, 0.1), (16, 0.05), (2**62, 0.005)),
 }
-"""Per device kind and work: up to so many rows, the largest share of latents that is gathered; denser is multiplied."""
+"""Per device kind and work: up to so many rows, the largest share of latents that is gathered; denser is multiplied.
+Measured on an AMD EPYC; those of GPUs are inferred from their bandwidth and speed in bfloat16."""
 
 _TRANSPOSED_TABLE_ROWS = 64
 """From so many rows on, a table that lies in memory column by column is worth turning around to be gathered from."""
@@ -72,11 +75,11 @@ def topk_sparse_decode_eager(
         bias: `[d]`.
 
     Returns:
-        `[N, d]` in the common dtype of `values` and `rows`. Sums are formed in float32, or in float64.
+        `[N, d]` in the dtype of `rows`. Sums are formed in float32, or in float64 if `values` or `rows` is.
     """
-    dtype = torch.promote_types(values.dtype, rows.dtype)
-    sums = sum_dtype(dtype)
-    out: Tensor = _Decode.apply(indices.to(torch.int32), values.to(sums), rows.to(sums))
+    sums = sum_dtype(torch.promote_types(values.dtype, rows.dtype))
+    with torch.autocast(rows.device.type, enabled=False):
+        out: Tensor = _Decode.apply(indices.to(torch.int32), values.to(sums), rows.to(sums))
     if bias is not None:
         out = out + bias.to(sums)
     if scale is not None and shift is not None:
@@ -85,7 +88,7 @@ def topk_sparse_decode_eager(
         out = out * scale.to(sums)[:, None]
     elif shift is not None:
         out = out + shift.to(sums)[:, None]
-    return out.to(dtype)
+    return out.to(rows.dtype)
 
 
 def sae_encode_topk_eager(
@@ -135,13 +138,25 @@ def standardize(x: Tensor, eps: float, normalize: bool) -> tuple[Tensor, Tensor,
     return centered / (std[:, None] + eps), mean, std
 
 
-def is_gathered(work: str, N: int, K: int, n: int, device: torch.device) -> bool:
-    """Whether K of the n rows of a table are gathered for each of N rows; else all of them enter a matrix product.
+def is_gathered(work: str, N: int, K: int, rows: Tensor) -> bool:
+    """Whether K of the rows of a table are gathered for each of N rows; else all of them enter a matrix product.
 
     `work` is "sum" for sums of table rows, "product" for products with them.
     """
-    shares = _GATHER_SHARES.get(device.type, _GATHER_SHARES["cuda"])[work]
-    return n * next(share for rows, share in shares if rows >= N) >= K
+    if rows.stride(1) != 1 and rows.shape[1] > 1 and N < _TRANSPOSED_TABLE_ROWS:
+        return False
+    return most_gathered(work, N, rows.shape[0], rows.device) >= K
+
+
+def most_gathered(work: str, N: int, n: int, device: torch.device) -> float:
+    """The crossing of the two plans: the most entries per row for which n table rows are gathered from."""
+    shares = _GATHER_SHARES["cpu" if device.type == "cpu" else "cuda", work]
+    return n * next(share for rows, share in shares if rows >= N)
+
+
+def scattered(indices: Tensor, values: Tensor, n: int) -> Tensor:
+    """The dense matrix `[N, n]`."""
+    return values.new_zeros(indices.shape[0], n).scatter_(1, indices.long(), values)
 
 
 class _Decode(torch.autograd.Function):
@@ -260,8 +275,8 @@ def _weighted_rows(indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     (N, K), (n, d) = indices.shape, rows.shape
     if values.numel() == 0 or d == 0:
         return values.new_zeros(N, d)
-    if not is_gathered("sum", N, K, n, rows.device) or _is_turned_in_vain(N, rows):
-        return _scattered(indices, values, n) @ rows
+    if not is_gathered("sum", N, K, rows):
+        return scattered(indices, values, n) @ rows
     starts = torch.arange(0, N * K, K, dtype=torch.int32, device=rows.device)
     return _bag(indices.reshape(-1), starts, values.reshape(-1), rows)
 
@@ -271,8 +286,8 @@ def _column_sums(indices: Tensor, values: Tensor, source: Tensor, n: int) -> Ten
     (N, K), d = indices.shape, source.shape[1]
     if values.numel() == 0 or d == 0:
         return source.new_zeros(n, d)
-    if not is_gathered("sum", N, K, n, source.device):
-        return _scattered(indices, values, n).T @ source
+    if most_gathered("sum", N, n, source.device) < K:
+        return scattered(indices, values, n).T @ source
     latents, order = indices.reshape(-1).sort(stable=True)
     starts = torch.searchsorted(latents, torch.arange(n, dtype=torch.int32, device=source.device), out_int32=True)
     entry_rows = torch.arange(N, dtype=torch.int32, device=source.device).repeat_interleave(K)
@@ -284,8 +299,8 @@ def _row_products(indices: Tensor, grad: Tensor, rows: Tensor) -> Tensor:
     (N, K), (n, d) = indices.shape, rows.shape
     if indices.numel() == 0 or d == 0:
         return grad.new_zeros(N, K)
-    is_sampled = rows.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_turned_in_vain(N, rows)
-    if not is_sampled or not is_gathered("product", N, K, n, rows.device):
+    is_sampled = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not is_sampled or not is_gathered("product", N, K, rows):
         return (grad @ rows.T).gather(1, indices.long())
     width = d if n * d <= _CACHED_ELEMENTS or 4 * n > N * K else max(1, _CACHED_ELEMENTS // n)
     bounds = torch.arange(0, N * K + 1, K, dtype=torch.int32)
@@ -295,10 +310,6 @@ def _row_products(indices: Tensor, grad: Tensor, rows: Tensor) -> Tensor:
     for part, table in zip(grad.split(width, 1), rows.split(width, 1), strict=True):
         total = torch.sparse.sampled_addmm(total, part, table.T)
     return total.values().view(N, K)
-
-
-def _is_turned_in_vain(N: int, rows: Tensor) -> bool:
-    return rows.stride(1) != 1 and rows.shape[1] > 1 and N < _TRANSPOSED_TABLE_ROWS
 
 
 def _bag(indices: Tensor, starts: Tensor, values: Tensor, table: Tensor) -> Tensor:
@@ -312,10 +323,6 @@ def _bag(indices: Tensor, starts: Tensor, values: Tensor, table: Tensor) -> Tens
             part = part.contiguous()
         total.copy_(F.embedding_bag(indices, part, starts, mode="sum", per_sample_weights=values))
     return out
-
-
-def _scattered(indices: Tensor, values: Tensor, n: int) -> Tensor:
-    return values.new_zeros(indices.shape[0], n).scatter_(1, indices.long(), values)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

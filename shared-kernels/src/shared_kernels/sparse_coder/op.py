@@ -74,7 +74,7 @@ def topk_sparse_decode(
         impl: `"triton"`, `"eager"` (PyTorch), or `"auto"`: Triton on a GPU, PyTorch elsewhere.
 
     Returns:
-        `[N, d]` in the common dtype of `values` and `rows`. Half precision is summed in float32.
+        `[N, d]` in the dtype of `rows`. Half precision is summed in float32.
 
     Raises:
         ValueError: an argument does not fit the others; the message names it.
@@ -295,9 +295,8 @@ def _decode(
 
 
 @_decode.register_fake
-def _(indices: Tensor, values: Tensor, rows: Tensor, *_: Any) -> Tensor:
-    dtype = torch.promote_types(values.dtype, rows.dtype)
-    return torch.empty(indices.shape[0], rows.shape[1], dtype=dtype, device=rows.device)
+def _(indices: Tensor, _values: Tensor, rows: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(indices.shape[0], rows.shape[1])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sparse_coder_row_products", mutates_args=())
