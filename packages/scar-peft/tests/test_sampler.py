@@ -111,7 +111,7 @@ def test_held_out_texts_are_validated_and_never_trained_on(store: ActivationStor
     expected = {row for row in range(100) if is_held_out(row // PER_TEXT, share)}
     assert set(validated) == expected and len(validated) == len(expected)
     assert not set(trained) & expected
-    assert len(trained) > 100 - len(expected) - 2 * processes
+    assert len(trained) >= 100 - len(expected) - 6 * processes  # the process with more rows waits for the other
 
 
 def test_share_of_texts_held_out() -> None:

@@ -111,9 +111,13 @@ def _optimizer_tensors(coders: nn.Module, optimizer: torch.optim.Optimizer) -> d
 def _load_optimizer(coders: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     for name, parameter in coders.named_parameters():
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        fresh = {key: value.to(parameter.device) for key, value in own.items()}
-        if fresh:
-            optimizer.state[parameter] = fresh
+        # Fused Adam walks through memory: moments must have the strides of their parameter, which files do not keep.
+        optimizer.state[parameter] = {
+            key: torch.empty_like(parameter).copy_(value)
+            if value.shape == parameter.shape
+            else value.to(parameter.device)
+            for key, value in own.items()
+        }
 
 
 def _generator_states() -> dict[str, Tensor]:
