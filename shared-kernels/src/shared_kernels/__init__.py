@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .fused_linear_bce import fused_linear_bce as fused_linear_bce
     from .hash_embedding_bag import hash_embedding_bag as hash_embedding_bag
     from .mix32_rows import mix32_rows as mix32_rows
+    from .scar_steer import scar_scores as scar_scores
+    from .scar_steer import scar_steer as scar_steer
     from .sparse_coder import sae_encode_topk as sae_encode_topk
     from .sparse_coder import topk_select as topk_select
     from .sparse_coder import topk_sparse_decode as topk_sparse_decode
@@ -35,6 +37,8 @@ _OPERATORS = {
     "fused_linear_bce": "fused_linear_bce",
     "hash_embedding_bag": "hash_embedding_bag",
     "mix32_rows": "mix32_rows",
+    "scar_scores": "scar_steer",
+    "scar_steer": "scar_steer",
     "sae_encode_topk": "sparse_coder",
     "topk_select": "sparse_coder",
     "topk_sparse_decode": "sparse_coder",
