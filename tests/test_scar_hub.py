@@ -1,21 +1,29 @@
-"""SCAR through the Hub: an adapter arrives in one commit with a card whose code runs."""
+"""SCAR through the Hub: an adapter arrives in one commit with a card whose code runs; an export steers alone."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import scar_peft
 from scar_peft.card import MARK, write_card
+from scar_peft.export import export_remote_code
 from scar_peft.hub import push_to_hub, register_push, save_with_card
+from tests.support import audit
 from tests.support.atman_tokenizers import byte_level
+from tests.support.processes import PACKAGES, run_python
 from tests.support.snippets import run_page, snippets
 
 BASE = "user/tiny-base"
+EXPORTED = "user/steers-itself"
+HIDDEN = {*PACKAGES, "scar_peft", "peft"}
 IDS = torch.tensor([[40, 50, 60, 70]])
 METRICS = {
     "data": "64 held-out lines",
@@ -190,3 +198,108 @@ def test_a_model_without_scar_adapter_is_refused(tmp_path):
     model = SimpleNamespace(peft_config={"default": LoraConfig()})
     with pytest.raises(ValueError, match=r"model must have a SCAR adapter, got adapters \['default'\] of other types"):
         save_with_card(model, tmp_path)
+
+
+# One interpreter answers for the tests below, because starting one costs seconds.
+STRANGER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+repository, folder, ids = sys.argv[1], sys.argv[2], torch.tensor(json.loads(sys.argv[3]))
+answers, trusted = {}, {"trust_remote_code": True, "revision": "v1"}
+tokenizer = AutoTokenizer.from_pretrained(repository, revision="v1")
+for name, place, options in (("hub", repository, trusted), ("folder", folder, {"trust_remote_code": True})):
+    model = AutoModelForCausalLM.from_pretrained(place, **options).eval()
+    with torch.no_grad():
+        plain = model(ids).logits
+        with model.steering(rude=1.5, rule="add"), model.record_scores() as record:
+            steered = model(ids).logits
+        model.set_steering("formal", -1.0)
+        held = model(ids).logits
+        model.set_steering(None)
+    written = model.generate(ids, max_new_tokens=4, do_sample=False, steering={"rude": 1.5}, return_concept_scores=True)
+    answers[name] = {
+        "plain": plain.tolist(), "steered": steered.tolist(), "held": held.tolist(),
+        "scores": record.scores["rude"].tolist(),
+        "written": written.sequences.tolist(), "written scores": written.concept_scores["rude"].tolist(),
+    }
+(kernels,) = {module.BACKEND for name, module in sys.modules.items() if name.endswith(".kernels_scar")}
+answers["backend"] = kernels
+answers["ours"] = sorted({"shared_kernels", "scar_peft", "peft"} & set(sys.modules))
+model.save_pretrained("again")
+pipe = pipeline("text-generation", model=repository, **trusted)
+answers["pipeline"] = pipe("Oslo", max_new_tokens=3, do_sample=False)[0]["generated_text"]
+print(json.dumps(answers))
+"""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a stranger found in the exported model, and the adapter that it was made of."""
+
+    answers: dict[str, Any]
+    folder: Path
+    model: PeftModel
+
+
+@pytest.fixture(scope="module")
+def visit(base, tmp_path_factory) -> Visit:
+    folder = tmp_path_factory.mktemp("stranger")
+    model = adapted(license="apache-2.0")
+    export_remote_code(model, folder / "exported", tokenizer=byte_level(), repo_id=EXPORTED)
+    HfApi().create_repo(EXPORTED)
+    HfApi().upload_folder(repo_id=EXPORTED, folder_path=folder / "exported")
+    HfApi().create_tag(EXPORTED, tag="v1")
+    arguments = EXPORTED, str(folder / "exported"), json.dumps(IDS.tolist())
+    printed = run_python(STRANGER, *arguments, hidden=sorted(HIDDEN), cwd=folder)
+    return Visit(json.loads(printed.splitlines()[-1]), folder, model)
+
+
+@pytest.mark.parametrize("place", ["hub", "folder"])
+def test_a_stranger_without_our_packages_and_peft_steers_like_the_adapter(visit, place):
+    assert visit.answers["ours"] == []
+    assert visit.answers["backend"] == "torch"
+    found = {name: torch.tensor(values) for name, values in visit.answers[place].items()}
+    with torch.no_grad(), scar_peft.record_scores(visit.model) as record:
+        wanted = {"steered": visit.model(IDS, steering={"rude": 1.5}, rule="add").logits}
+    with torch.no_grad():
+        wanted["plain"] = visit.model(IDS).logits
+        wanted["held"] = visit.model(IDS, steering={"formal": -1.0}).logits
+    wanted["scores"] = record.scores["rude"]
+    request = {"steering": {"rude": 1.5}, "return_concept_scores": True}
+    written = visit.model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, **request)
+    wanted |= {"written": written.sequences, "written scores": written.concept_scores["rude"]}
+    assert not torch.equal(wanted["plain"], wanted["steered"])
+    for name, values in wanted.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_strangers_pipeline_needs_only_the_repository(visit):
+    assert visit.answers["pipeline"].startswith("Oslo")
+
+
+def test_what_a_stranger_saves_has_the_same_code_and_tensors(visit):
+    pushed, again = Path(snapshot_download(EXPORTED, revision="v1")), visit.folder / "again"
+    code = {path.name: path.read_bytes() for path in pushed.glob("*.py")}
+    assert {"modeling_scar.py", "steering_scar.py", "ops_scar_scar_steer.py"} <= code.keys()
+    assert {path.name: path.read_bytes() for path in again.glob("*.py")} == code
+    assert (again / "model.safetensors").read_bytes() == (pushed / "model.safetensors").read_bytes()
+
+
+def test_the_exported_repository_holds_only_code_json_safetensors_and_text(visit):
+    suffixes = {Path(name).suffix for name in HfApi().list_repo_files(EXPORTED)} - {""}
+    assert suffixes <= {".py", ".json", ".safetensors", ".md", ".jinja"}
+
+
+def test_the_exported_models_card_runs(visit, tmp_path):
+    page = Path(hf_hub_download(EXPORTED, "README.md"))
+    assert ModelCard.load(page).data.library_name == "transformers"
+    assert "custom_code" in ModelCard.load(page).data.tags
+    assert run_page(page, tmp_path) == 2
+
+
+def test_nothing_is_unpickled_on_loading(visit, repo_id):
+    push_to_hub(adapted(), repo_id)
+    with audit.no_unpickling():
+        AutoModelForCausalLM.from_pretrained(EXPORTED, trust_remote_code=True, revision="v1")
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), repo_id)
