@@ -367,7 +367,7 @@ def _cuts(scores: Tensor | Sequence[float], labels: Tensor | Sequence[int]) -> t
     upper, lower = levels.flip(0)[:-1], levels.flip(0)[1:]
     middle = lower + (upper - lower) / 2
     cuts = torch.where(middle < upper, middle, lower)
-    lowest = torch.nextafter(levels[:1], torch.full_like(levels[:1], float("-inf")))
+    lowest = torch.minimum(levels[:1] - 1, torch.nextafter(levels[:1], torch.full_like(levels[:1], float("-inf"))))
     return torch.cat([cuts, lowest]), right, found, int(marks.sum()), int((~marks).sum())
 
 
