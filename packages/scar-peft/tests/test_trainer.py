@@ -18,7 +18,6 @@ from scar_peft.coder import CoderWeights
 from scar_peft.losses import scar_loss
 from scar_peft.training import ScarTrainer, ScarTrainingArguments, TrainingResult
 from scar_peft.training.objective import CoderSettings, SparseCoder, coder_loss
-from scar_peft.training.run import auroc
 from tests.support.scar_texts import register_texts, tiny_llama, word_tokenizer
 
 ROWS = register_texts(60)
@@ -312,13 +311,6 @@ def test_latents_are_dead_after_so_many_rows_without_use() -> None:
 def test_learning_rate(step: int, settings: dict[str, Any], expected: float) -> None:
     args = ScarTrainingArguments("out", learning_rate=1.0, **settings)
     assert args.learning_rate_at(step, 100) == pytest.approx(expected)
-
-
-def test_auroc_counts_ties_half() -> None:
-    scores, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, 0.4]), torch.tensor([0, 0, 1, 1, 0]).bool()
-    # pairs of a positive and a negative: (0.4 against 0.1, 0.4, 0.4), (0.8 against all three)
-    assert auroc(scores, labels) == pytest.approx((1 + 0.5 + 0.5 + 3) / 6)
-    assert math.isnan(auroc(scores, torch.ones(5, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class ScarTrainingArguments:
     """Longer gradients are scaled down to this norm, each layer's coder by itself. None: never."""
 
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which gradients travel between processes. `"bfloat16"` halves the traffic and rounds."""
+    """Dtype in which gradients travel between processes. `"bfloat16"`, on GPUs, halves the traffic and rounds."""
 
     concept_weight: float = 1.0
     """Weight of the labels beside the reconstruction. 0 trains an unsupervised coder, for comparison."""

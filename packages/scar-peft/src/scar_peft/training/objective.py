@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from ..coder import (
     CoderWeights,
+    activate,
     concept_pre_activations,
     decode,
     fold_concepts,
-    latents_of,
     pre_activations,
     standardize,
 )
 from ..losses import concept_loss, reconstruction_loss
+from ..remote.kernels_coder_scar import sae_encode_topk, topk_sparse_decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +80,10 @@ def coder_loss(
         is_dead: bool `[n]`, for `settings.auxk`.
     """
     x = x.to(torch.float32)
-    pre = pre_activations(x, weights, eps=settings.eps, normalize=settings.normalize)
-    latents = latents_of(pre, k=settings.k, activation=settings.activation, always=settings.always)
-    _, mean, std = standardize(x, eps=settings.eps, normalize=settings.normalize)
-    reconstruction = decode(latents, weights, mean=mean, std=std)
-    nmse = reconstruction_loss(reconstruction, x).mean()
+    coded = _code_all(x, weights, settings) if settings.activation == "relu" else _code_some(x, weights, settings)
+    nmse = reconstruction_loss(coded.reconstruction, x).mean()
     concept = concept_loss(
-        pre,
+        coded.concept_pre,
         labels,
         pos_weight=torch.tensor(settings.pos_weight, device=x.device).squeeze(),
         unlabelled_as_negative=settings.unlabelled_as_negative,
@@ -93,13 +91,59 @@ def coder_loss(
     ).mean()
     loss = nmse + settings.concept_weight * concept
     if settings.auxk and is_dead is not None:
-        rest = ((x - reconstruction) / (std + settings.eps)).detach()
+        rest = ((x - coded.reconstruction) / (coded.std + settings.eps)).detach()
         loss = loss + settings.auxk_weight * _dead_latents_loss(x, rest, weights, settings, is_dead)
     with torch.no_grad():
-        is_on = latents != 0
+        is_on = coded.latents != 0
+        fired = torch.zeros(len(weights.encoder), dtype=torch.int32, device=x.device)
+        fired.scatter_add_(0, coded.indices.flatten().long(), is_on.flatten().int())
         norm = torch.linalg.vector_norm(x, dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
-        l1 = (latents.abs().sum(-1) / norm).mean()
-    return CoderLoss(loss, nmse.detach(), concept.detach(), l1, is_on.sum(-1).float().mean(), is_on.any(0))
+        l1 = (coded.latents.abs().sum(-1) / norm).mean()
+    return CoderLoss(loss, nmse.detach(), concept.detach(), l1, is_on.sum(-1).float().mean(), fired > 0)
+
+
+class _Coded(NamedTuple):
+    """Rows that went through a coder."""
+
+    reconstruction: Tensor
+    """`[N, d]`."""
+    concept_pre: Tensor
+    """Pre-activations of the concepts `[N, C]`."""
+    latents: Tensor
+    """`[N, K]`."""
+    indices: Tensor
+    """Which latents these are, `[N, K]`."""
+    std: Tensor
+    """`[N, 1]`."""
+
+
+def _code_some(x: Tensor, weights: CoderWeights, settings: CoderSettings) -> _Coded:
+    """Code by the kept latents: neither they nor their gradients are ever laid out over all n."""
+    assert settings.k is not None
+    form = {"eps": settings.eps, "normalize": settings.normalize}
+    pre, indices, mean, std = sae_encode_topk(
+        x, weights.encoder, weights.latent_bias, weights.pre_bias, settings.k, always=settings.always, **form
+    )
+    latents = activate(pre, settings.activation)
+    reconstruction = topk_sparse_decode(
+        indices, latents, weights.decoder.T, scale=std, shift=mean, bias=weights.pre_bias
+    )
+    C = settings.concepts
+    if settings.always >= C:
+        concept_pre = pre[:, :C]
+    else:
+        z = standardize(x, eps=settings.eps, normalize=settings.normalize).values
+        concept_pre = F.linear(z - weights.pre_bias, weights.encoder[:C], weights.latent_bias[:C])
+    return _Coded(reconstruction, concept_pre, latents, indices, std[:, None])
+
+
+def _code_all(x: Tensor, weights: CoderWeights, settings: CoderSettings) -> _Coded:
+    """Code without a selection."""
+    pre = pre_activations(x, weights, eps=settings.eps, normalize=settings.normalize)
+    latents = activate(pre, settings.activation)
+    _, mean, std = standardize(x, eps=settings.eps, normalize=settings.normalize)
+    indices = torch.arange(latents.shape[1], device=x.device).expand_as(latents)
+    return _Coded(decode(latents, weights, mean=mean, std=std), pre[:, : settings.concepts], latents, indices, std)
 
 
 def _dead_latents_loss(

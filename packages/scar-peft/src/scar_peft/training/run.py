@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..metrics import auroc
 from .activations import ActivationRows
 from .arguments import ScarTrainingArguments
 from .checkpoint import load_checkpoint, read_state, save_checkpoint
@@ -157,7 +158,7 @@ class TrainingRun:
             found = self._gather(torch.cat(scores[layer]))
             for c, concept in enumerate(self.concepts):
                 is_known = known[:, c] >= 0
-                result[f"eval_auroc_{concept}/{layer}"] = auroc(found[is_known, c], known[is_known, c] >= 0.5)
+                result[f"eval_auroc_{concept}/{layer}"] = _auroc(found[is_known, c], known[is_known, c] >= 0.5)
         return result
 
     def _train_step(self, batch: ActivationRows) -> None:
@@ -254,15 +255,11 @@ class TrainingRun:
         return gathered[gathered[:, -1] == 1.0, :-1].cpu()
 
 
-def auroc(scores: Tensor, is_positive: Tensor) -> float:
-    """Chance that a positive scores above a negative, ties counting half; NaN if there is only one class."""
-    _, ranks, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    middle = counts.double().cumsum(0) - (counts.double() - 1) / 2
-    positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
-    if not positives or not negatives:
+def _auroc(scores: Tensor, is_positive: Tensor) -> float:
+    """NaN where there is nothing to compare: one class only, or scores of a training that diverged."""
+    if scores.isnan().any() or is_positive.all() or not is_positive.any():
         return math.nan
-    above = middle[ranks][is_positive].sum().item() - positives * (positives + 1) / 2
-    return above / (positives * negatives)
+    return auroc(scores, is_positive.long())
 
 
 def _values(loss: CoderLoss) -> Tensor:

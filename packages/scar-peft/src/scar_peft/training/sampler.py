@@ -58,7 +58,7 @@ class StoreSampler:
             buffer_rows: rows that are shuffled together in memory.
             validation_share: share of the texts that is left out here.
             seed: of the order.
-            rank: which process this is; it takes its part of the rows of every shard.
+            rank: which process this is; each takes its part of the rows.
             processes: number of processes. All take equally many steps.
 
         Raises:
@@ -125,14 +125,14 @@ class StoreSampler:
     def _plan(self, rank: int, processes: int) -> tuple[list[_Block], np.ndarray]:
         """Blocks of a process, and the number of training rows in each."""
         blocks, counts = [], []
-        for shard, rows in enumerate(self.store.shard_rows):
-            first, last = rows * rank // processes, rows * (rank + 1) // processes
-            held_out = _are_held_out(self.store.seq_ids(shard), self._share) if self._share else np.zeros(rows, bool)
+        for shard, first, last in _parts_of(self.store, rank, processes):
+            kept = ~_are_held_out(self.store.seq_ids(shard), self._share) if self._share else None
             for start in range(first, last, _BLOCK_ROWS):
                 block = _Block(shard, start, min(start + _BLOCK_ROWS, last))
-                if kept := int((~held_out[start : block.stop]).sum()):
+                rows = block.stop - start if kept is None else int(kept[start : block.stop].sum())
+                if rows:
                     blocks.append(block)
-                    counts.append(kept)
+                    counts.append(rows)
         return blocks, np.array(counts, dtype=np.int64)
 
 
@@ -228,10 +228,20 @@ def validation_batches(
         rank: which process this is.
         processes: number of processes.
     """
-    for shard, rows in enumerate(store.shard_rows):
-        first, last = rows * rank // processes, rows * (rank + 1) // processes
+    for shard, first, last in _parts_of(store, rank, processes):
         for start in range(first, last, batch_rows):
             block = store.read(shard, start, min(start + batch_rows, last))
             block = block.take(torch.from_numpy(np.flatnonzero(_are_held_out(block.seq_id.numpy(), share))))
             if len(block.seq_id):
                 yield block
+
+
+def _parts_of(store: ActivationStore, rank: int, processes: int) -> Iterator[tuple[int, int, int]]:
+    """Shard, first and last row of what one of several processes reads: equally many rows for each."""
+    begin, end = len(store) * rank // processes, len(store) * (rank + 1) // processes
+    offset = 0
+    for shard, rows in enumerate(store.shard_rows):
+        first, last = max(begin - offset, 0), min(end - offset, rows)
+        if first < last:
+            yield shard, first, last
+        offset += rows

@@ -103,6 +103,8 @@ class ScarTrainer:
         if not hasattr(model, "hf_device_map") and not _is_quantized(model):
             model.to(self.accelerator.device)
         self._rank, self._processes = self.accelerator.process_index, self.accelerator.num_processes
+        if args.grad_dtype == "bfloat16" and self._processes > 1 and self.accelerator.device.type == "cpu":
+            raise ValueError('grad_dtype="bfloat16" needs processes on GPUs, got processes on cpu; use "float32".')
         if args.batch_tokens % self._processes:
             raise ValueError(
                 f"batch_tokens must be a multiple of the number of processes ({self._processes}), "
