@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import scar_peft
-from scar_peft.card import MARK, write_card
+from scar_peft.card import MARK, model_card, write_card
 from scar_peft.export import export_remote_code
 from scar_peft.hub import push_to_hub, register_push, save_with_card
 from tests.support import audit
@@ -28,7 +28,7 @@ IDS = torch.tensor([[40, 50, 60, 70]])
 METRICS = {
     "data": "64 held-out lines",
     "nmse": 0.0123,
-    "concepts": {"rude": {"auroc": 0.987, "f1": 0.9}},
+    "concepts": {"rude": {"auroc": 0.987, "f1": 0.9, "token_auroc": float("nan"), "positive_texts": 32}},
     "steering": [
         {"concept": "rude", "rule": "scale", "strength": -1.0, "share of rude texts": 0.125, "perplexity": 12.5},
         {"concept": "rude", "rule": "scale", "strength": 0.0, "share of rude texts": 0.75, "perplexity": 10.0},
@@ -116,8 +116,10 @@ def test_the_card_tells_the_hub_what_the_adapter_is_and_how_good(repo_id):
 
 
 def test_the_card_shows_thresholds_metrics_and_the_steering_curve():
-    config = adapted(metrics=METRICS, calibration={"rude": {"threshold": 1.5}, "formal": {"threshold": 0.25}})
-    text = scar_peft.card.model_card(config.peft_config["default"], "user/x").text
+    calibration = {"rude": {"threshold": 1.5, "mean_positive": 3.0}, "formal": {"threshold": 0.25}}
+    config = scar_peft.ScarConfig(layers=[1], concepts=["rude", "formal"], metrics=METRICS, calibration=calibration)
+    text = model_card(config, "user/x", title="Manners").text
+    assert "# Manners" in text
     assert "| concept | latent | threshold | AUROC | F1 |" in text
     assert "| rude | 0 | 1.5 | 0.987 | 0.9 |" in text
     assert "| formal | 1 | 0.25 |  |  |" in text

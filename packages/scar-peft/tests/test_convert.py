@@ -1,6 +1,7 @@
 """The converter on synthetic checkpoints of the published layout and of trainers' files, beside the original hook."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import scar_peft
 from scar_peft.checkpoint_files import PickledObjectsError
 from scar_peft.checkpoint_settings import read_settings
 from scar_peft.convert import LICENSE, convert_tensors, from_scar_checkpoint
-from tests.support.scar import Weights, original_hook, random_weights
+from tests.support.scar import Weights, original_hook, random_weights, replacement_hook
 
 D, N, K, LAYER = 16, 40, 12, 1
 SETTINGS = {
@@ -78,18 +79,49 @@ def weights() -> Weights:
     return in_float32(random_weights(D, N, seed=3))
 
 
+def activations(model: LlamaForCausalLM, site: str, **steering: object) -> tuple[np.ndarray, np.ndarray]:
+    """What the steered module makes of its output [tokens, D], and that output."""
+    seen: dict[str, np.ndarray] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: seen.update({name: output.reshape(-1, D).numpy()})
+
+    block = model.model.layers[LAYER]
+    target = block if site == "block" else block.mlp
+    handles = [
+        target.register_forward_hook(keep("before"), prepend=True),
+        target.register_forward_hook(keep("after")),
+    ]
+    with torch.no_grad(), scar_peft.steering(model, **steering):
+        model(IDS)
+    for handle in handles:
+        handle.remove()
+    return seen["after"], seen["before"]
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.0, -100.0, 50.0])
 def test_reconstruct_mode_is_the_original_hook(tmp_path, weights, scale):
     base = tiny_llama().double()
-    model = from_scar_checkpoint(published(tmp_path, weights), base).double()
-    seen = SimpleNamespace()
-    mlp = base.model.layers[LAYER].mlp
-    mlp.register_forward_hook(lambda module, args, output: setattr(seen, "steered", output))
-    mlp.down_proj.register_forward_hook(lambda module, args, output: setattr(seen, "x", output))
-    with torch.no_grad(), scar_peft.steering(model, toxicity=scale - 1.0, rule="scale", mode="reconstruct"):
-        model(IDS)
-    wanted = [original_hook(x, weights, K, 0, scale) for x in seen.x.reshape(-1, D).numpy()]
-    np.testing.assert_allclose(seen.steered.reshape(-1, D).numpy(), np.array(wanted), rtol=1e-9, atol=1e-9)
+    from_scar_checkpoint(published(tmp_path, weights), base).double()
+    after, before = activations(base, "mlp", toxicity=scale - 1.0, rule="scale", mode="reconstruct")
+    wanted = [original_hook(x, weights, K, 0, scale) for x in before]
+    np.testing.assert_allclose(after, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_latent_that_is_set_is_the_originals_replacement(tmp_path, weights):
+    base = tiny_llama().double()
+    from_scar_checkpoint(published(tmp_path, weights), base).double()
+    after, before = activations(base, "mlp", toxicity=4.0, rule="set", mode="reconstruct")
+    np.testing.assert_allclose(after, [replacement_hook(x, weights, K, 0, 4.0) for x in before], rtol=1e-9, atol=1e-9)
+
+
+def test_several_concepts_with_sigmoid_behind_the_block_are_the_original_hook(tmp_path, weights):
+    base = tiny_llama().double()
+    folder = published(tmp_path, weights, site="block", activation="topk-sigmoid")
+    from_scar_checkpoint(folder, base, concepts=["rude", "formal", "old"]).double()
+    after, before = activations(base, "block", old=-21.0, mode="reconstruct")
+    wanted = [original_hook(x, weights, K, 2, -20.0, "topk-sigmoid") for x in before]
+    np.testing.assert_allclose(after, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_a_converted_adapter_starts_neutral_and_is_not_trainable(tmp_path, weights):

@@ -5,7 +5,8 @@ of rows with "concept", "rule", "strength" and what was measured); "data" says o
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ _RULES = {
 _METRICS = {
     "auroc": ("AUROC", "roc_auc"),
     "token_auroc": ("AUROC, tokens", "roc_auc"),
+    "token_auroc_pre": ("AUROC, tokens by pre-activation", "roc_auc"),
     "sequence_auroc": ("AUROC, sequences", "roc_auc"),
+    "sequence_auroc_max": ("AUROC, sequences by maximum", "roc_auc"),
+    "sequence_auroc_last": ("AUROC, sequences by last token", "roc_auc"),
     "f1": ("F1", "f1"),
     "token_f1": ("F1, tokens", "f1"),
     "sequence_f1": ("F1, sequences", "f1"),
@@ -51,31 +55,41 @@ _METRICS = {
 }
 """What a number is called in the card, and on the Hub."""
 
+_NOT_SHOWN = ("positive_texts", "negative_texts", "sequence_threshold", "token_threshold")
+"""Numbers of a concept that would make its row of the table too long; they are in the configuration."""
+
 
 def model_card(
-    config: ScarConfig, repo_id: str | None = None, *, subfolder: str | None = None, trust_remote_code: bool = False
+    config: ScarConfig,
+    repo_id: str | None = None,
+    *,
+    title: str | None = None,
+    subfolder: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelCard:
     """Describe an adapter.
 
     Args:
         config: its configuration, with calibration and metrics where there are any.
         repo_id: where the reader loads it from. None: the folder that the card is in.
+        title: heading. None: the repository's name, or the concepts.
         subfolder: part of the repository that holds it; adapters that are not called "default" have their own.
         trust_remote_code: whether the base model brings code of its own, so that loading it has to be allowed.
     """
+    title = title or (repo_id.rpartition("/")[2] if repo_id else f"SCAR adapter: {', '.join(config.concepts)}")
     results = _eval_results(config)
     data = ModelCardData(
         base_model=config.base_model_name_or_path or None,
         eval_results=results or None,
         library_name="peft",
         license=config.license,
-        model_name=_title(config, repo_id) if results else None,
+        model_name=title if results else None,
         pipeline_tag=_TASKS[str(config.task_type)][1] if str(config.task_type) in _TASKS else None,
         tags=list(TAGS),
     )
     sections = [
         MARK,
-        f"# {_title(config, repo_id)}",
+        f"# {title}",
         _summary(config),
         f"```python\n{_usage(config, repo_id or '.', subfolder, trust_remote_code)}\n```",
         f"Scores come from the same pass:\n\n```python\n{_DETECTION}\n```",
@@ -107,10 +121,6 @@ def write_card(config: ScarConfig, folder: Path, repo_id: str | None = None, **o
         card = card if is_ours_to_write else present
         card.data.tags = tags
     card.save(path)
-
-
-def _title(config: ScarConfig, repo_id: str | None) -> str:
-    return repo_id.rpartition("/")[2] if repo_id else f"SCAR adapter: {', '.join(config.concepts)}"
 
 
 def _summary(config: ScarConfig) -> str:
@@ -164,12 +174,18 @@ def _strengths(config: ScarConfig) -> str:
 
 
 def _concepts(config: ScarConfig) -> str:
-    measured = config.metrics.get("concepts", {})
-    numbers = {name: {**config.calibration.get(name, {}), **measured.get(name, {})} for name in config.concepts}
-    columns = list(dict.fromkeys(key for each in numbers.values() for key, value in each.items() if _is_number(value)))
+    numbers = {name: _numbers_of(config, name) for name in config.concepts}
+    columns = list(dict.fromkeys(key for each in numbers.values() for key in each))
     rows = [[name, i, *(numbers[name].get(key) for key in columns)] for i, name in enumerate(config.concepts)]
-    note = "\n\nA score at or above the threshold counts as the concept." if "threshold" in columns else ""
-    return _table(["concept", "latent", *map(_label, columns)], rows) + note
+    note = "\n\nA text whose mean score is above the threshold counts as one with the concept."
+    return _table(["concept", "latent", *map(_label, columns)], rows) + (note if "threshold" in columns else "")
+
+
+def _numbers_of(config: ScarConfig, concept: str) -> dict[str, Any]:
+    calibrated, measured = config.calibration.get(concept, {}), config.metrics.get("concepts", {}).get(concept, {})
+    shown = {"threshold": calibrated.get("threshold")}
+    shown |= {name: value for name, value in measured.items() if name not in _NOT_SHOWN}
+    return {name: value for name, value in shown.items() if _is_number(value)}
 
 
 def _evaluation(config: ScarConfig) -> list[str]:
@@ -229,7 +245,7 @@ def _label(name: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -242,6 +258,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, Mapping) or value is None:
+    if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
