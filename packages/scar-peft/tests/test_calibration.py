@@ -20,6 +20,14 @@ def adapted(layers=(0, 1), **settings):
     return model.eval()
 
 
+def block_output(model, layer, ids):
+    found = []
+    handle = layer.get_base_layer().register_forward_hook(lambda m, a, out: found.append(out), prepend=True)
+    model(ids)
+    handle.remove()
+    return found[0]
+
+
 @torch.no_grad()
 def scores_by_text(model):
     pooled, tokens = [], []
@@ -59,10 +67,8 @@ def test_tau_is_the_mean_kth_largest_pre_activation(concept_gate):
         kth = []
         for row in TEXTS:
             ids = TOKENIZER(row["text"], return_tensors="pt")["input_ids"]
-            hidden = model(ids, output_hidden_states=True).hidden_states
-            # Behind the last block, hidden_states holds the output of the final norm.
-            x = hidden[layer.layer_index + 1] if layer.layer_index == 0 else last_block_output(model, layer, ids)
-            pre = pre_activations(x[0, 1:], layer.weights())[:, layer.config().always_kept :]
+            pre = pre_activations(block_output(model, layer, ids)[0, 1:], layer.weights())
+            pre = pre[:, layer.config().always_kept :]
             kth.append(pre.topk(5).values[:, -1])
         assert taus[layer.layer_index] == pytest.approx(torch.cat(kth).mean().item(), abs=1e-5)
 

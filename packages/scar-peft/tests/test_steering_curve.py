@@ -154,11 +154,12 @@ def test_refusals_name_the_argument(change, message):
 
 
 def test_a_prompt_without_tokens_is_refused():
+    settings = {**QUIET, "processing_class": word_tokenizer(begins=False), "measure": archaic_words}
+    model = adapted()
     with pytest.raises(
         ValueError, match=r"prompts must have at least one token each, those of indices \[1\] have none"
     ):
-        curve = {**QUIET, "processing_class": word_tokenizer(begins=False)}
-        steering_curve(adapted(), ["the king", ""], "archaic", [1.0], measure=archaic_words, **curve)
+        steering_curve(model, ["the king", ""], "archaic", [1.0], **settings)
 
 
 def test_curves_are_drawn(tmp_path):
