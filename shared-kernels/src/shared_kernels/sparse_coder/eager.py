@@ -171,8 +171,9 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         indices, values, rows = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_values = _row_products(indices, grad, rows) if ctx.needs_input_grad[1] else None
-        grad_rows = _column_sums(indices, values, grad, rows.shape[0]) if ctx.needs_input_grad[2] else None
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_values = _row_products(indices, grad, rows) if ctx.needs_input_grad[1] else None
+            grad_rows = _column_sums(indices, values, grad, rows.shape[0]) if ctx.needs_input_grad[2] else None
         return None, grad_values, grad_rows
 
 
@@ -196,14 +197,16 @@ class _Encode(torch.autograd.Function):
         needs_z, needs_encoder, *needs_bias = ctx.needs_input_grad[:4]
         n = encoder.shape[0]
         grad = grad.contiguous()
-        grad_z = _weighted_rows(indices, grad, encoder) if needs_z else None
-        grad_encoder = _column_sums(indices, grad, inputs, n) if needs_encoder else None
-        grad_bias = grad_pre_bias = None
-        if any(needs_bias):
-            # in float64: a sum over a whole batch
-            per_latent = torch.bincount(indices.flatten(), grad.flatten().double(), minlength=n).to(grad.dtype)
-            grad_bias = per_latent if needs_bias[0] else None
-            grad_pre_bias = -(per_latent @ encoder) if needs_bias[1] else None
+        grad_z = grad_encoder = grad_bias = grad_pre_bias = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if needs_z:
+                grad_z = _weighted_rows(indices, grad, encoder)
+            if needs_encoder:
+                grad_encoder = _column_sums(indices, grad, inputs, n)
+            if any(needs_bias):
+                # in float64: a sum over a whole batch
+                grad_bias = torch.bincount(indices.flatten(), grad.flatten().double(), minlength=n).to(grad.dtype)
+                grad_pre_bias = -(grad_bias @ encoder) if needs_bias[1] else None
         return grad_z, grad_encoder, grad_bias, grad_pre_bias, None, None
 
 
