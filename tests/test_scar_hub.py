@@ -139,11 +139,12 @@ def test_a_named_adapter_is_loaded_from_its_folder(repo_id, tmp_path):
 def test_push_to_hub_of_the_peft_model_writes_the_same_card(repo_id, tmp_path):
     register_push()
     model = adapted()
-    model.push_to_hub(repo_id, private=True, commit_message="As usual")
+    model.push_to_hub(repo_id, private=True, commit_message="As usual", tags=["manners"], max_shard_size="1GB")
     assert HfApi().list_repo_commits(repo_id)[0].title == "As usual"
-    text = pushed_card(repo_id).text
-    assert MARK in text
-    first_block(text, tmp_path)
+    card = pushed_card(repo_id)
+    assert MARK in card.text
+    assert {"manners", "scar"} <= set(card.data.tags)
+    first_block(card.text, tmp_path)
 
 
 def test_other_adapters_are_pushed_as_ever(repo_id):

@@ -64,6 +64,7 @@ def model_card(
     repo_id: str | None = None,
     *,
     title: str | None = None,
+    tags: Sequence[str] = (),
     subfolder: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelCard:
@@ -73,6 +74,7 @@ def model_card(
         config: its configuration, with calibration and metrics where there are any.
         repo_id: where the reader loads it from. None: the folder that the card is in.
         title: heading. None: the repository's name, or the concepts.
+        tags: for the Hub, beside those of every SCAR adapter.
         subfolder: part of the repository that holds it; adapters that are not called "default" have their own.
         trust_remote_code: whether the base model brings code of its own, so that loading it has to be allowed.
     """
@@ -85,7 +87,7 @@ def model_card(
         license=config.license,
         model_name=title if results else None,
         pipeline_tag=_TASKS[str(config.task_type)][1] if str(config.task_type) in _TASKS else None,
-        tags=list(TAGS),
+        tags=[*TAGS, *tags],
     )
     sections = [
         MARK,
@@ -117,7 +119,7 @@ def write_card(config: ScarConfig, folder: Path, repo_id: str | None = None, **o
     if path.is_file():
         present = ModelCard.load(path)
         is_ours_to_write = MARK in present.text or _BLANK_CARD in present.text
-        tags = sorted({*(present.data.tags or []), *TAGS})
+        tags = sorted({*(present.data.tags or []), *card.data.tags})
         card = card if is_ours_to_write else present
         card.data.tags = tags
     card.save(path)

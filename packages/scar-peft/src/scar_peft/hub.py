@@ -1,7 +1,7 @@
 """Uploads an adapter and its model card in one commit."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def save_with_card(model: "PeftModel", folder: Path, repo_id: str | None = None) -> None:
+def save_with_card(model: "PeftModel", folder: Path, repo_id: str | None = None, *, tags: Sequence[str] = ()) -> None:
     """Save all adapters, and the model card of the SCAR adapter, the one called "default" if there are several.
 
     Args:
         model: a PEFT model with at least one SCAR adapter.
         folder: made if it does not exist.
         repo_id: where readers will load it from, for the card's code. None: the folder itself.
+        tags: for the Hub, beside those of every SCAR adapter.
 
     Raises:
         ValueError: the model has no SCAR adapter.
@@ -35,7 +36,7 @@ def save_with_card(model: "PeftModel", folder: Path, repo_id: str | None = None)
     name = "default" if "default" in configs else next(iter(configs))
     has_own_code = bool(getattr(model.get_base_model().config, "auto_map", None))
     subfolder = None if name == "default" else name
-    write_card(configs[name], folder, repo_id, subfolder=subfolder, trust_remote_code=has_own_code)
+    write_card(configs[name], folder, repo_id, tags=tags, subfolder=subfolder, trust_remote_code=has_own_code)
 
 
 def push_to_hub(
@@ -48,6 +49,7 @@ def push_to_hub(
     commit_message: str = "Upload SCAR adapter",
     commit_description: str | None = None,
     create_pr: bool = False,
+    tags: Sequence[str] = (),
 ) -> "CommitInfo":
     """Upload the adapters of a model to the Hub, with a card whose first block of code runs.
 
@@ -62,6 +64,7 @@ def push_to_hub(
         commit_message: first line of the commit.
         commit_description: what follows.
         create_pr: propose the commit instead of making it.
+        tags: for the Hub, beside those of every SCAR adapter.
 
     Returns:
         The commit.
@@ -76,7 +79,7 @@ def push_to_hub(
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name:
-        save_with_card(model, Path(name), repo_id)
+        save_with_card(model, Path(name), repo_id, tags=tags)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -106,8 +109,8 @@ def register_push() -> None:
     def push(model: "PeftModel", repo_id: str, **kwargs: Any) -> Any:
         if not _scar_configs(model):
             return inherited(model, repo_id, **kwargs)
-        ours = {name: value for name, value in kwargs.items() if name not in ("max_shard_size", "tags")}
-        return push_to_hub(model, repo_id, **{name: value for name, value in ours.items() if value is not None})
+        kwargs.pop("max_shard_size", None)  # of models
+        return push_to_hub(model, repo_id, **{name: value for name, value in kwargs.items() if value is not None})
 
     push.writes_scar_card = True  # type: ignore[attr-defined]
     PeftModel.push_to_hub = push
