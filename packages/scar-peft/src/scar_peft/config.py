@@ -9,8 +9,9 @@ from peft import PeftConfig
 
 from ._version import __version__
 from .peft_type import SCAR
-from .remote.settings_scar import ELEMENTWISE, GATES, MODES, POSITIONS, RULES, ConceptSettings
+from .remote.settings_scar import ELEMENTWISE, GATES, MODES, POSITIONS, RULES, ConceptSettings, Gate
 from .remote.sites_scar import SITES
+from .remote.strengths_scar import read_amount
 
 MAX_LATENTS = 1 << 24
 MAX_CONCEPTS = 1 << 16
@@ -121,6 +122,8 @@ class ScarConfig(PeftConfig):
             self.gate_threshold = {int(layer): float(value) for layer, value in self.gate_threshold.items()}
         self._check_names()
         self._check_numbers()
+        if self.default_steering is not None:
+            self.default_steering = _checked_steering(self.default_steering)
 
     def _check_names(self) -> None:
         choices: dict[str, Sequence[str | None]] = {
@@ -185,12 +188,18 @@ class ScarConfig(PeftConfig):
         return self.n_latents if self.activation == "relu" else self.k or 0
 
     @property
-    def resolved_gate(self) -> str:
-        """The gate of residual steering: as asked for, else exact where that is cheap."""
+    def own_gate(self) -> Gate:
+        """What decides in the coder itself whether a concept is on."""
+        if self.concept_gate == "topk" and self.activation != "relu":
+            return "topk"
+        return "relu" if ELEMENTWISE[self.activation] == "relu" else "open"
+
+    @property
+    def resolved_gate(self) -> Gate:
+        """The gate of residual steering: as asked for, else the coder's own where that needs no full encoding."""
         if self.gate is not None:
-            return self.gate
-        is_bounded = ELEMENTWISE[self.activation] != "relu"
-        return "open" if self.concept_gate == "relu" and is_bounded else "relu"
+            return self.gate  # type: ignore[return-value]
+        return "relu" if self.own_gate == "topk" else self.own_gate
 
     def fill_sizes(self, hidden_size: int) -> None:
         """Set what follows from the model's hidden size.
@@ -226,7 +235,7 @@ class ScarConfig(PeftConfig):
         return ConceptSettings(
             concepts=tuple(self.concepts),
             activation=ELEMENTWISE[self.activation],  # type: ignore[arg-type]
-            gate=gate,  # type: ignore[arg-type]
+            gate=gate,
             gate_threshold=tau,
             normalize=self.normalize,
             norm_eps=self.norm_eps,
@@ -235,3 +244,17 @@ class ScarConfig(PeftConfig):
             positions=self.steering_positions,  # type: ignore[arg-type]
             skip_first_token=self.skip_first_token,
         )
+
+
+def _checked_steering(steering: Mapping[str, Any]) -> dict[str, Any]:
+    """Strengths by concept, with integers for layers, which JSON turns into strings."""
+    checked: dict[str, Any] = {}
+    for concept, strength in steering.items():
+        by_layer = isinstance(strength, Mapping)
+        checked[concept] = {int(layer): each for layer, each in strength.items()} if by_layer else strength
+        for amount in checked[concept].values() if by_layer else [strength]:
+            try:
+                read_amount(concept, amount, layer=0)
+            except ValueError as error:
+                raise ValueError(f"default_{error}") from None
+    return checked

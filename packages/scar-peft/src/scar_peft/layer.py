@@ -11,7 +11,7 @@ from .coder import CoderWeights, fold_concepts
 from .config import ScarConfig
 from .remote.kernels_coder_scar import sae_encode_topk, topk_sparse_decode
 from .remote.hook_scar import ConceptRows, SteeringHook
-from .remote.settings_scar import ELEMENTWISE, ConceptSettings
+from .remote.settings_scar import ELEMENTWISE, ConceptSettings, Gate
 from .remote.steering_scar import start_steering
 
 CHILD = "scar"
@@ -63,7 +63,6 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
         self.forget(name)
-        self._passes.clear()
         start_steering(self, name, config.default_steering or {})
 
     def weights(self, adapter: str = "default") -> CoderWeights:
@@ -86,9 +85,10 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
         weights = self.weights(adapter)
         with_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in weights)
         if with_gradients or torch.compiler.is_compiling():
+            self.folded.pop(adapter, None)  # what trains is written to in ways that leave no trace
             return self._fold(adapter)
         # Values written in place raise `_version`; loading and moving put other tensors in place.
-        key = tuple((id(each), each._version, each.data_ptr()) for each in weights)
+        key = tuple((id(each), None if each.is_inference() else each._version, each.data_ptr()) for each in weights)
         found = self.folded.get(adapter)
         if found is None or found[0] != key:
             with torch.inference_mode(False), torch.no_grad():
@@ -106,6 +106,10 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
     def adapters_in_use(self) -> list[str]:
         """The active ones of them; none while adapters are disabled."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
+
+    def own_gate(self, adapter: str) -> Gate:
+        """What decides in the coder itself whether a concept is on."""
+        return self.config(adapter).own_gate
 
     def kept(self, adapter: str, hidden: Tensor) -> Tensor:
         """Which concepts are among the latents that the coder keeps [..., C]."""
@@ -177,10 +181,6 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
 
     def _fold(self, adapter: str) -> ConceptRows:
         return ConceptRows(*fold_concepts(self.weights(adapter), len(self.configs[adapter].concepts)))
-
-    def _selects_concepts(self, adapter: str) -> bool:
-        config = self.config(adapter)
-        return config.concept_gate == "topk" and config.activation != "relu"
 
     def _wide_weights(self, adapter: str, hidden: Tensor) -> CoderWeights:
         if self.config(adapter).compact:

@@ -6,10 +6,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import ScarConfig
-from .layer import CHILD, MERGE_ERROR, ScarLayer, scar_layers
+from .layer import CHILD, MERGE_ERROR, ScarLayer
 from .remote.generation_scar import steered_forward, steered_generate
 from .remote.sites_scar import hidden_size, owner_of, regular_expression, target_names
 from .remote.steering_scar import set_steering
+from .remote.strengths_scar import check_layers
 
 
 class ScarModel(BaseTuner):
@@ -58,8 +59,9 @@ class ScarModel(BaseTuner):
             raise ValueError(f"layers must name different blocks, got {peft_config.layers}.")
         peft_config.layers = list(targets)
         peft_config.target_modules = regular_expression(targets.values())
-        for layer in targets:
-            peft_config.concept_settings(layer)  # refuses a missing threshold before anything changes
+        for layer in targets:  # refused now, before anything changes
+            peft_config.concept_settings(layer)
+        check_layers(peft_config.default_steering or {}, list(targets))
         return peft_config
 
     def _create_and_replace(
@@ -87,7 +89,7 @@ class ScarModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             raise ValueError(MERGE_ERROR)
-        for layer in scar_layers(self.model):
+        for layer in [module for module in self.model.modules() if isinstance(module, ScarLayer)]:
             layer.remove()
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config

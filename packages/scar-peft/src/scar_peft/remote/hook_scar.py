@@ -1,5 +1,6 @@
 """The forward hook that reads and steers a module's output. It replaces no module: names and classes stay as they are."""
 
+import inspect
 import threading
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .kernels_scar import scar_scores, scar_steer
 from .passes_scar import Pass
-from .settings_scar import ConceptSettings
+from .settings_scar import ConceptSettings, Gate
 from .strengths_scar import NOTHING, Group, Plan, Wishes, make_plan, overwrite, parts_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class SteeringHook:
     """Steers the output of one module for one or more adapters; a mixin for the `nn.Module` that holds their weights.
 
     A subclass says what it holds: `concept_rows`, `concept_settings`, `place`, `adapters_here`, `adapters_in_use`; one
-    that holds whole coders also `kept` and `reconstruction`.
+    that holds whole coders also `own_gate`, `kept` and `reconstruction`.
     """
 
     layer_index: int
@@ -78,6 +79,10 @@ class SteeringHook:
         """Those of them that act now."""
         raise NotImplementedError
 
+    def own_gate(self, adapter: str) -> Gate:
+        """What decides in the coder itself whether a concept is on; it holds where activations are reconstructed."""
+        raise NotImplementedError
+
     def kept(self, adapter: str, hidden: Tensor) -> Tensor:
         """Which concepts are among the k largest latents [..., C]."""
         raise NotImplementedError
@@ -89,11 +94,13 @@ class SteeringHook:
     def attach(self, target: nn.Module, owner: nn.Module) -> None:
         """Steer the output of `target` from now on; `owner` is the module that is given masks and positions."""
         self._target = (target,)  # in a tuple, so that it is not registered below this module
+        self._arguments = tuple(inspect.signature(owner.forward).parameters)
         self._wishes: dict[str, Wishes] = {}
         self._plans: Plans = {}
         self._live: Plans = {}
         self._live_recorders: tuple[Recorder, ...] = ()
         self._passes: dict[int, Pass] = {}
+        self._last_pass = Pass()
         # Before other hooks: transformers reads `hidden_states` in hooks of its own, and must find the steered ones.
         self._handles = [
             target.register_forward_hook(self._steer, prepend=True),
@@ -106,9 +113,13 @@ class SteeringHook:
             handle.remove()
         self._handles = []
 
-    def wishes(self, adapter: str) -> Wishes:
-        """What is wanted of an adapter here and now."""
-        override = OVERRIDES.get().get(self)
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: not the inputs that the model has last seen."""
+        return {**self.__dict__, "_passes": {}, "_last_pass": Pass(), "_live_recorders": ()}
+
+    def wishes(self, adapter: str, *, temporary: bool = True) -> Wishes:
+        """What is wanted of an adapter: here and now, or behind all open `steering` blocks."""
+        override = OVERRIDES.get().get(self) if temporary else None
         found = None if override is None else override.wishes.get(adapter)
         return found or self._wishes.get(adapter, NOTHING)
 
@@ -134,14 +145,12 @@ class SteeringHook:
 
     def refresh(self) -> None:
         """Write what holds now to where a compiled graph reads it, in place where the form stays the same."""
-        recorders = RECORDERS.get().get(self, ())
-        self._live_recorders = recorders
-        current = self._current_plans()
-        for adapter in [name for name in self._live if name not in current]:
-            del self._live[adapter]
-        for adapter, plan in current.items():
-            if adapter not in self._live or not overwrite(self._live[adapter], plan):
-                self._live[adapter] = _copied(plan)
+        self._live_recorders = RECORDERS.get().get(self, ())
+        live: Plans = {}  # put in place at once, because other threads may do the same
+        for adapter, plan in self._current_plans().items():
+            old = self._live.get(adapter)
+            live[adapter] = old if old is not None and overwrite(old, plan) else _copied(plan)
+        self._live = live
 
     def _current_plans(self) -> Plans:
         override = OVERRIDES.get().get(self)
@@ -158,15 +167,21 @@ class SteeringHook:
         acting = {name: plans[name] for name in names if name in plans and not plans[name].is_neutral}
         return acting, recorders if names else ()
 
-    def _observe(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         plans, recorders = self._in_use()
-        if plans or recorders:
-            self._passes[_thread()] = Pass.of(kwargs)
+        if not plans and not recorders:
+            return
+        self._last_pass = Pass.of({**dict(zip(self._arguments, args, strict=False)), **kwargs})
+        if torch.compiler.is_compiling():
+            self._passes = {}
+        else:
+            self._passes[threading.get_ident()] = self._last_pass
 
     def _observed(self) -> Pass:
-        """The pass in progress. Autograd recomputes checkpointed blocks in threads of its own: the last pass is theirs."""
-        found = self._passes.get(_thread())
-        return found or next(reversed(self._passes.values()), None) or Pass()
+        """The pass in progress. Autograd computes blocks again in threads of its own: the last pass is theirs."""
+        if torch.compiler.is_compiling():
+            return self._last_pass
+        return self._passes.get(threading.get_ident(), self._last_pass)
 
     def _steer(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook. None, at no cost, where nothing is to be done."""
@@ -176,12 +191,18 @@ class SteeringHook:
         hidden = output[0] if isinstance(output, tuple) else output
         if not hidden.numel():
             return None
+        rows = self._by_row(hidden)
         if recorders:
-            _record(self, recorders, hidden)
+            _record(self, recorders, self._observed(), rows)
         if not plans:
             return None
-        steered = self._steered(plans, hidden)
+        steered = self._steered(plans, rows).view(hidden.shape)
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+    def _by_row(self, hidden: Tensor) -> Tensor:
+        """`hidden` as [B, L, d], also where a family (OPT) lays the tokens of all rows one after the other."""
+        shape = self._observed().shape if hidden.ndim == 2 else None
+        return hidden if shape is None else hidden.view(*shape, -1)
 
     def _steered(self, plans: Plans, hidden: Tensor) -> Tensor:
         if len(plans) == 1:
@@ -203,11 +224,10 @@ class SteeringHook:
         applies = self._applies(group, hidden)
         if applies is False:
             return hidden
-        settings = self.concept_settings(adapter)
-        rows = self.concept_rows(adapter)
-        is_open = None
-        if settings.gate == "topk" or (plan.mode == "reconstruct" and self._selects_concepts(adapter)):
-            is_open = self.kept(adapter, hidden)
+        settings, rows = self.concept_settings(adapter), self.concept_rows(adapter)
+        if plan.mode == "reconstruct":
+            settings = replace(settings, gate=self.own_gate(adapter))
+        is_open = self.kept(adapter, hidden) if settings.gate == "topk" else None
         if len(group.concepts) != rows.encoder.shape[0]:
             chosen = list(group.concepts)
             rows = ConceptRows(*(each[chosen] for each in rows))
@@ -225,20 +245,18 @@ class SteeringHook:
         )
         return steered if applies is True else torch.where(applies[..., None], steered, hidden)
 
-    def _selects_concepts(self, adapter: str) -> bool:
-        """Whether the coder's own top-k decides if a concept is on."""
-        return False
-
     def _applies(self, group: Group, hidden: Tensor) -> bool | Tensor:
-        """Which tokens [B, L] are steered. A pass over a single token counts as generated, a longer one as prompt."""
+        """Which tokens [B, L] are steered. What is read while the cache is empty is the prompt."""
         if hidden.ndim != 3:
             return True
         batch, length = hidden.shape[:2]
-        if group.positions == ("prompt" if length == 1 else "generated"):
-            return False
-        if not group.skips_first_token:
-            return True
-        return ~self._observed().is_first(batch, length, hidden.device)
+        applies: bool | Tensor = True
+        if group.positions != "all":
+            past = self._observed().past
+            applies = past > 0 if group.positions == "generated" else past == 0
+        if applies is False or not group.skips_first_token:
+            return applies
+        return ~self._observed().is_first(batch, length, hidden.device) & applies
 
     def scores(self, adapter: str, hidden: Tensor, kind: str) -> Tensor:
         """Pre-activations or latents of all concepts [..., C], without gradients."""
@@ -247,20 +265,17 @@ class SteeringHook:
             pre = scar_scores(hidden, *rows[:3], eps=settings.norm_eps, normalize=settings.normalize)
             if kind == "pre":
                 return pre
-            is_open = self.kept(adapter, hidden) if settings.gate == "topk" else pre > settings.open_above
+            is_open = self.kept(adapter, hidden) if settings.gate == "topk" else ~(pre <= settings.open_above)
             return torch.where(is_open, getattr(torch, settings.activation)(pre), 0.0)
 
 
 @torch.compiler.disable
-def _record(layer: SteeringHook, recorders: "tuple[Recorder, ...]", hidden: Tensor) -> None:
+def _record(layer: SteeringHook, recorders: "tuple[Recorder, ...]", place: Pass, hidden: Tensor) -> None:
     for recorder in recorders:
-        recorder.add(layer, layer._observed(), hidden.detach())
+        recorder.add(layer, place, hidden.detach())
 
 
 def _copied(plan: Plan) -> Plan:
     with torch.inference_mode(False):  # so that it can be written to in any mode
         return Plan(plan.mode, tuple(replace(group, values=group.values.clone()) for group in plan.groups))
 
-
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,23 +61,39 @@ class ConceptScores(Mapping[str, Tensor]):
         return {name: _POOLINGS[how](scores, counts) for name, scores in self.scores.items()}
 
 
+class _Part(NamedTuple):
+    """What one layer has scored in one pass."""
+
+    place: Pass
+    scores: Tensor
+    """[B, L, C]."""
+    is_real: Tensor
+    """[B, L]: False for padding."""
+    start: int
+    """Column of the pass's first token."""
+
+
 class Recorder:
     """What passes leave behind while `record_scores` is open."""
 
     def __init__(self, kind: Kind) -> None:
         self._kind = kind
-        self._parts: dict[tuple[int, str], list[tuple[Pass, Tensor]]] = {}
+        self._parts: dict[tuple[int, str], list[_Part]] = {}
         self._names: dict[tuple[int, str], tuple[str, ...]] = {}
 
     def add(self, layer: SteeringHook, place: Pass, hidden: Tensor) -> None:
-        """Keep the scores of one layer in one pass; a block that is computed again leaves what it left before."""
+        """Keep the scores of one layer in one pass; a block that gradient checkpointing computes again adds nothing."""
         for adapter in layer.adapters_in_use():
             key = (layer.layer_index, adapter)
             self._names[key] = layer.concept_settings(adapter).concepts
             parts = self._parts.setdefault(key, [])
-            if parts and parts[-1][0] is place:
-                parts.pop()
-            parts.append((place, layer.scores(adapter, hidden, self._kind).float()))
+            if parts and parts[-1].place is place:
+                continue
+            scores = layer.scores(adapter, hidden, self._kind).float()
+            mask = place.is_real(scores.shape[1])
+            if mask is None or mask.shape != scores.shape[:2]:
+                mask = torch.ones(scores.shape[:2], dtype=torch.bool)
+            parts.append(_Part(place, scores, mask.to(scores.device), int(place.past)))
 
     @property
     def passes(self) -> int:
@@ -85,17 +101,26 @@ class Recorder:
         return max((len(parts) for parts in self._parts.values()), default=0)
 
     @property
+    def prompt(self) -> int:
+        """Number of tokens up to the end of the first pass."""
+        return min((parts[0].start + parts[0].scores.shape[1] for parts in self._parts.values()), default=0)
+
+    @property
     def scores(self) -> ConceptScores:
-        """Mean over layers. Consecutive passes are parts of one sequence, as in `generate`.
+        """Mean over layers. Passes that go on from a cache are parts of one sequence, as in `generate`; what a pass
+        reads again takes the place of what was found before.
 
         Raises:
             RuntimeError: nothing has run yet.
             ValueError: the passes had different numbers of rows.
         """
         per_layer = list(self.layers.values())
-        names = {name: None for each in per_layer for name in each}
-        mean = {name: torch.stack([each[name] for each in per_layer if name in each]).mean(0) for name in names}
-        return ConceptScores(mean, per_layer[0].is_scored)
+        is_scored = per_layer[0].is_scored
+        found: dict[str, list[Tensor]] = {}
+        for scores in per_layer:
+            for name, each in scores.items():
+                found.setdefault(name, []).append(each.to(is_scored.device))
+        return ConceptScores({name: torch.stack(each).mean(0) for name, each in found.items()}, is_scored)
 
     @property
     def layers(self) -> dict[int, ConceptScores]:
@@ -122,18 +147,18 @@ class Recorder:
 
         Args:
             rows: for every pass, which of its rows each kept sequence went through [R]; -1 where it had ended.
-            length: tokens of a sequence; those behind the last pass are not scored.
+            length: tokens of a sequence, the last of which the model has not read.
         """
         for parts in self._parts.values():
-            for number, (place, scores) in enumerate(parts):
-                chosen = rows[number].to(scores.device)
-                mask = place.attention_mask if place.attention_mask is not None else torch.ones_like(scores[..., 0])
-                mask = mask[:, -scores.shape[1] :].to(scores.device)[chosen.clamp(min=0)] * (chosen >= 0)[:, None]
-                parts[number] = (Pass(attention_mask=mask), scores[chosen.clamp(min=0)])
+            for number, part in enumerate(parts):
+                chosen = rows[number].to(part.scores.device)
+                row, has_run = chosen.clamp(min=0), (chosen >= 0)[:, None]
+                parts[number] = part._replace(scores=part.scores[row], is_real=part.is_real[row] & has_run)
         found = self.scores
-        missing = (0, length - found.is_scored.shape[1])
+        read = min(found.is_scored.shape[1], length - 1)  # an assistant's last guesses may have been read and refused
         pad = torch.nn.functional.pad
-        return ConceptScores({name: pad(each, missing) for name, each in found.items()}, pad(found.is_scored, missing))
+        scores = {name: pad(each[:, :read], (0, length - read)) for name, each in found.items()}
+        return ConceptScores(scores, pad(found.is_scored[:, :read], (0, length - read)))
 
 
 @contextmanager
@@ -169,17 +194,19 @@ def record_scores(model: nn.Module, kind: Kind = "latent") -> Iterator[Recorder]
             layer.refresh()
 
 
-def _joined(parts: list[tuple[Pass, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Scores [B, L, C] of consecutive passes, and which columns hold real tokens [B, L]."""
-    rows = {scores.shape[0] for _, scores in parts}
-    if len(rows) > 1:
-        raise ValueError(f"passes must have the same number of rows, got {sorted(rows)}: record each batch on its own.")
-    real = []
-    for place, scores in parts:
-        mask = place.is_real(scores.shape[1])
-        whole = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
-        real.append(whole if mask is None or mask.shape != whole.shape else mask.to(scores.device))
-    return torch.cat([scores for _, scores in parts], dim=1), torch.cat(real, dim=1)
+def _joined(parts: list[_Part]) -> tuple[Tensor, Tensor]:
+    """Scores [B, L, C] and which columns hold real tokens [B, L]. A pass replaces all from its first column on."""
+    scores = parts[0].scores[:, :0]
+    is_real = parts[0].is_real[:, :0]
+    for part in parts:
+        if part.start and part.scores.shape[0] != scores.shape[0]:
+            rows = (scores.shape[0], part.scores.shape[0])
+            raise ValueError(f"passes of one sequence must have the same number of rows, got {rows[0]} and {rows[1]}.")
+        unread = (0, max(0, part.start - scores.shape[1]))
+        pad = torch.nn.functional.pad
+        scores = torch.cat([pad(scores, (0, 0, *unread))[:, : part.start], part.scores], dim=1)
+        is_real = torch.cat([pad(is_real, unread)[:, : part.start], part.is_real], dim=1)
+    return scores, is_real
 
 
 def _mean(scores: Tensor, counts: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import nn
 from transformers.utils import logging
 
 from .hook_scar import OVERRIDES, SteeringHook, _Override
-from .strengths_scar import NOTHING, Strength, Wish, Wishes, check_request, read_amount, scale_to_strength
+from .strengths_scar import NOTHING, Strength, Wish, check_layers, check_request, read_amount, scale_to_strength
 
 logger = logging.get_logger(__name__)
 
@@ -59,14 +60,20 @@ def set_steering(
     """
     if isinstance(steering, str):
         if scale is not None:
+            if strength is not None or rule not in (None, "scale"):
+                raise ValueError('scale must be given without a strength and with no rule but "scale": it stands for both.')
             strength, rule = scale_to_strength(scale), "scale"
         request: Mapping[str, Strength] = {steering: strength}
     elif scale is not None or strength is not None:
         raise ValueError("strength and scale need the name of one concept, as in set_steering(model, 'toxicity', -1.0).")
     else:
         request = steering or {}
-    start = NOTHING if steering is None else None
-    for layer, override in _overrides(model, request, rule, mode, positions, start).items():
+    change = _Change(request, rule, mode, positions, forgets=steering is None)
+    here, later = _overrides(model, change, temporary=True), _overrides(model, change, temporary=False)
+    inside = OVERRIDES.get()
+    if any(layer in inside for layer in here):  # a `steering` block is open, whose end must not undo this
+        OVERRIDES.set({**inside, **here})
+    for layer, override in later.items():
         for adapter, wishes in override.wishes.items():
             layer.keep(adapter, wishes, override.plans[adapter])
 
@@ -97,7 +104,8 @@ def steering(
         >>> with steering(model, toxicity=-1.0, rule="add"):
         ...     pipe("...")
     """
-    overrides = _overrides(model, {**(steering or {}), **concepts}, rule, mode, positions)
+    change = _Change({**(steering or {}), **concepts}, rule, mode, positions)
+    overrides = _overrides(model, change, temporary=True)
     token = OVERRIDES.set({**OVERRIDES.get(), **overrides})
     for layer in overrides:
         layer.refresh()
@@ -111,44 +119,61 @@ def steering(
 
 def start_steering(layer: SteeringHook, adapter: str, steering: Mapping[str, Strength]) -> None:
     """Give a new adapter of one layer its first strengths."""
-    concepts = layer.concept_settings(adapter).concepts
-    wishes = NOTHING.updated(_changes(layer, concepts, steering, None, None), None)
+    wishes = NOTHING.updated(_Change(steering).at(layer, adapter), None)
     layer.keep(adapter, wishes, layer.plan_for(adapter, wishes))
 
 
-def _changes(
-    layer: SteeringHook, concepts: Sequence[str], request: Mapping[str, Strength], rule: str | None, positions: str | None
-) -> dict[str, Wish | None]:
-    """What a request wants of these concepts at a layer."""
-    changes: dict[str, Wish | None] = {}
-    for concept in [name for name in request if name in concepts]:
-        amount = read_amount(concept, request[concept], layer.layer_index)
-        changes[concept] = None if amount is None else Wish(amount=amount, rule=rule, positions=positions)
-    return changes
+class _Change(NamedTuple):
+    """What a request changes."""
+
+    steering: Mapping[str, Strength]
+    rule: str | None = None
+    mode: str | None = None
+    positions: str | None = None
+    forgets: bool = False
+    """Whether nothing of what was wanted before stays."""
+
+    def at(self, layer: SteeringHook, adapter: str) -> dict[str, Wish | None]:
+        """The changes of one adapter at one layer."""
+        changes: dict[str, Wish | None] = {}
+        for concept in [name for name in self.steering if name in layer.concept_settings(adapter).concepts]:
+            amount = read_amount(concept, self.steering[concept], layer.layer_index)
+            wish = None if amount is None else Wish(amount=amount, rule=self.rule, positions=self.positions)
+            changes[concept] = wish
+        return changes
+
+    def check(self, layers: Sequence[SteeringHook]) -> None:
+        """Refuse names that no adapter of these layers has; warn of those that several have."""
+        held: dict[str, set[str]] = {}
+        for layer in layers:
+            for adapter in layer.adapters_here():
+                for concept in layer.concept_settings(adapter).concepts:
+                    held.setdefault(concept, set()).add(adapter)
+        check_request(self.steering, rule=self.rule, mode=self.mode, positions=self.positions, known=list(held))
+        check_layers(self.steering, [layer.layer_index for layer in layers])
+        in_use = {adapter for layer in layers for adapter in layer.adapters_in_use()}
+        for concept in self.steering:
+            if len(sharing := sorted(held[concept] & in_use)) > 1:
+                logger.warning_once(
+                    f'the adapters {sharing} share the concept "{concept}": strengths apply to each of them.'
+                )
 
 
-def _overrides(
-    model: nn.Module,
-    request: Mapping[str, Strength],
-    rule: str | None,
-    mode: str | None,
-    positions: str | None,
-    start: Wishes | None = None,
-) -> dict[SteeringHook, _Override]:
-    """What the request makes of every layer's wishes, or of `start`. Changes nothing, so that an error changes nothing."""
+def _overrides(model: nn.Module, change: _Change, *, temporary: bool) -> dict[SteeringHook, _Override]:
+    """What a request makes of every layer's wishes. Changes nothing yet, so that an error changes nothing.
+
+    Args:
+        model: any module tree.
+        change: the request.
+        temporary: whether it comes on top of what holds in this thread only.
+    """
     layers = steering_layers(model)
-    names = {adapter: layer.concept_settings(adapter).concepts for layer in layers for adapter in layer.adapters_here()}
-    known = [name for concepts in names.values() for name in concepts]
-    check_request(request, rule=rule, mode=mode, positions=positions, known=known)
-    for concept in request:
-        if len(holders := [adapter for adapter, concepts in names.items() if concept in concepts]) > 1:
-            logger.warning_once(f'the adapters {holders} share the concept "{concept}": strengths apply to each of them.')
+    change.check(layers)
     found = {}
     for layer in layers:
         wishes = {}
         for adapter in layer.adapters_here():
-            changes = _changes(layer, names[adapter], request, rule, positions)
-            wishes[adapter] = (layer.wishes(adapter) if start is None else start).updated(changes, mode)
-        plans = {adapter: layer.plan_for(adapter, each) for adapter, each in wishes.items()}
-        found[layer] = _Override(wishes, plans)
+            before = NOTHING if change.forgets else layer.wishes(adapter, temporary=temporary)
+            wishes[adapter] = before.updated(change.at(layer, adapter), change.mode)
+        found[layer] = _Override(wishes, {name: layer.plan_for(name, each) for name, each in wishes.items()})
     return found

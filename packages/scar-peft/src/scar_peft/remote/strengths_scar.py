@@ -79,6 +79,21 @@ def check_request(
     for name, value, allowed in (("rule", rule, RULES), ("mode", mode, MODES), ("positions", positions, POSITIONS)):
         if value is not None and value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+    if not steering and not (rule is None and positions is None):
+        raise ValueError("rule and positions need strengths to go with, as in steering={'toxicity': -1.0}.")
+
+
+def check_layers(steering: Mapping[str, Strength], layers: Sequence[int]) -> None:
+    """Refuse strengths by layer for layers that are not there.
+
+    Raises:
+        ValueError: the message names both.
+    """
+    for concept, strength in steering.items():
+        if isinstance(strength, Mapping) and (unknown := [index for index in strength if index not in layers]):
+            raise ValueError(
+                f'steering["{concept}"] must name layers of the adapter, {sorted(set(layers))}, got {unknown}.'
+            )
 
 
 def read_amount(concept: str, strength: Strength, layer: int) -> float | tuple[float, ...] | None:
@@ -91,10 +106,10 @@ def read_amount(concept: str, strength: Strength, layer: int) -> float | tuple[f
         strength = strength.get(layer)
     if strength is None:
         return None
-    numbers = torch.as_tensor(strength).detach().double() if not isinstance(strength, bool) else None
+    numbers = _numbers(strength)
     if numbers is None or numbers.ndim > 1 or not numbers.numel():
-        shape = "a boolean" if numbers is None else f"the shape {tuple(numbers.shape)}"
-        raise ValueError(f'steering["{concept}"] must be a number, or one number per row of the batch, got {shape}.')
+        got = f"{strength!r}" if numbers is None else f"the shape {tuple(numbers.shape)}"
+        raise ValueError(f'steering["{concept}"] must be a number, or one number per row of the batch, got {got}.')
     if not bool(numbers.isfinite().all()):
         raise ValueError(f'steering["{concept}"] must be finite, got {numbers.tolist()}.')
     return tuple(numbers.tolist()) if numbers.ndim else float(numbers)
@@ -150,6 +165,16 @@ def parts_of(values: Tensor, batch: int) -> Tensor:
             f"steering must give one strength per row of the batch, got {values.shape[0]} strengths for {batch} rows."
         )
     return values
+
+
+def _numbers(strength: Any) -> Tensor | None:
+    """A tensor of numbers, or None for something else."""
+    if isinstance(strength, (bool, str)) or (isinstance(strength, Tensor) and strength.dtype == torch.bool):
+        return None
+    try:
+        return torch.as_tensor(strength, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _is_neutral(wish: Wish) -> bool:
