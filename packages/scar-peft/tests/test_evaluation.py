@@ -144,20 +144,21 @@ def test_cross_entropy_is_that_of_a_hook_put_in_by_hand():
     assert found.layers[0].ce_recovered == pytest.approx(metrics.ce_recovered(**losses), rel=1e-2)
 
 
-def test_monosemanticity_is_that_of_mean_latents():
+@pytest.mark.parametrize("of", ["texts", "tokens"])
+def test_monosemanticity_is_that_of_the_latents(of):
     model = adapted()
     layer = scar_layers(model)[0]
     with torch.no_grad():
-        latents = torch.stack(
-            [
-                encode(activations(model, layer, row)[1:], layer.weights(), **settings_of(layer.config())).mean(0)
-                for row in TEXTS
-            ]
-        )
-    labels = torch.tensor([row["archaic"] for row in TEXTS])
-    fits = torch.tensor([is_held_out(i, 0.5) for i in range(len(TEXTS))])
+        latents = [
+            encode(activations(model, layer, row)[1:], layer.weights(), **settings_of(layer.config())) for row in TEXTS
+        ]
+    parts = [each.mean(0, keepdim=True) if of == "texts" else each for each in latents]
+    texts = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)])
+    labels, latents = torch.tensor([row["archaic"] for row in TEXTS])[texts], torch.cat(parts)
+    fits = torch.tensor([is_held_out(int(i), 0.5) for i in texts])
     expected = metrics.fms(latents[fits], labels[fits], latents[~fits], labels[~fits]).fms[1]
-    assert evaluate(model, TEXTS, **QUIET).layers[0].concepts["archaic"].fms == pytest.approx(expected, abs=1e-6)
+    found = evaluate(model, TEXTS, monosemanticity_of=of, **QUIET).layers[0].concepts["archaic"].fms
+    assert found == pytest.approx(expected, abs=0.05 if of == "tokens" else 1e-6)  # equal splits, another order of rows
 
 
 def test_batches_and_padding_change_nothing():
@@ -271,6 +272,7 @@ def test_the_model_card_takes_the_metrics():
         ({"text_column": "body"}, r"text_column names 'body', which the dataset lacks"),
         ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
         ({"max_length": 0}, r"max_length must be at least 1, got 0"),
+        ({"monosemanticity_of": "words"}, r'monosemanticity_of must be "texts", "tokens" or None, got .words.'),
         ({"adapter_name": "other"}, r'model must hold SCAR layers of the adapter "other"'),
         ({"processing_class": None}, r"processing_class must be given: the model does not say where it came from"),
     ],

@@ -25,7 +25,13 @@ class Collected:
 
 
 def collect(
-    subject: Subject, dataset: Any, reading: Reading, *, skip_first_token: bool, sampled_rows: int = 0
+    subject: Subject,
+    dataset: Any,
+    reading: Reading,
+    *,
+    skip_first_token: bool,
+    sampled_rows: int = 0,
+    samples_texts: bool = True,
 ) -> Collected:
     """Run the model on the dataset.
 
@@ -34,16 +40,17 @@ def collect(
         dataset: rows with a text and labels.
         reading: how they are read.
         skip_first_token: keep each text's first token out of statistics and samples; it always has scores.
-        sampled_rows: keep all latents of so many texts, or tokens if labels are about those.
+        sampled_rows: keep all latents of so many texts or tokens.
+        samples_texts: texts, by the mean over their tokens; else tokens.
 
     Raises:
         ValueError: no text has tokens, or what reading raises.
     """
     layers, config = subject.layers, subject.config
-    is_whole, by_text = not config.compact, reading.label_level == "sequence"
+    is_whole = not config.compact
     tables = {i: ScoreTable() for i in layers}
     statistics = {i: CoderStatistics(layers[i].weights(subject.adapter), config) for i in layers if is_whole}
-    samples = {i: LatentSample(sampled_rows, by_text) for i in layers if is_whole and sampled_rows}
+    samples = {i: LatentSample(sampled_rows, samples_texts) for i in layers if is_whole and sampled_rows}
     for window in subject.windows(dataset, reading):
         for i, acts in window.acts.items():
             tables[i].add(subject.scores(i, acts, "latent"), subject.scores(i, acts, "pre"), window)

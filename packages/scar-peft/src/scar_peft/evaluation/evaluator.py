@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -85,6 +85,7 @@ def evaluate(
     skip_first_token: bool = True,
     cross_entropy_texts: int = 256,
     monosemanticity_rows: int = 2000,
+    monosemanticity_of: Literal["texts", "tokens"] | None = None,
     progress_bar: bool = True,
 ) -> ScarEvaluation:
     """Measure an adapter on texts that it was not trained on: detection, reconstruction, and what insertion costs.
@@ -109,8 +110,9 @@ def evaluate(
             reconstruction and of tokens' detection. Scores of whole texts hold it, as those of `record_scores` do.
         cross_entropy_texts: so many first texts measure the cost of insertion; 0 leaves it out, as do models that
             predict no text.
-        monosemanticity_rows: so many first texts (random tokens, if labels are about those) measure FMS@1, with
-            4 n bytes each; 0 leaves it out.
+        monosemanticity_rows: so many first texts, or random tokens, measure FMS@1, with 4 n bytes each; 0: not measured.
+        monosemanticity_of: "texts", by the mean of their latents, as in the paper, or "tokens". None: what labels are
+            about. Where many latents tell whole texts apart perfectly, FMS is 0.5 for any coder, and tokens say more.
         progress_bar: show progress.
 
     Raises:
@@ -134,10 +136,19 @@ def evaluate(
         max_length=max_length,
         progress_bar=progress_bar,
     )
+    if monosemanticity_of not in (None, "texts", "tokens"):
+        raise ValueError(f'monosemanticity_of must be "texts", "tokens" or None, got {monosemanticity_of!r}.')
     if monosemanticity_rows and not subject.config.compact:
         _require_trees()
     rows = rows_of(dataset)
-    found = collect(subject, rows, reading, skip_first_token=skip_first_token, sampled_rows=monosemanticity_rows)
+    found = collect(
+        subject,
+        rows,
+        reading,
+        skip_first_token=skip_first_token,
+        sampled_rows=monosemanticity_rows,
+        samples_texts=(monosemanticity_of or ("texts" if label_level == "sequence" else "tokens")) == "texts",
+    )
     warn_of_single_class(found.mean_scores, subject.config.concepts)
     losses = None
     if found.statistics and cross_entropy_texts and predicts_text(model):
