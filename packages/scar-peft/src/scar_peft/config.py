@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -175,6 +176,14 @@ class ScarConfig(PeftConfig):
         if self.k is not None and self.k > n - self.always_kept:
             of = "the latents that are not concepts" if self.always_kept else "the number of latents"
             raise ValueError(f"k must lie in [1, {n - self.always_kept}] ({of}), got {self.k}.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; a model card that peft has just left blank there is filled in."""
+        super().save_pretrained(save_directory, **kwargs)
+        if (Path(save_directory) / "README.md").is_file():
+            from .card import write_card
+
+            write_card(self, Path(save_directory))
 
     @property
     def always_kept(self) -> int:

@@ -10,6 +10,7 @@ def register_method() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     from .config import ScarConfig
+    from .hub import register_push
     from .model import ScarModel
     from .peft_type import SCAR
 
@@ -20,6 +21,7 @@ def register_method() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[SCAR] = ScarConfig
     PEFT_TYPE_TO_TUNER_MAPPING[SCAR] = ScarModel
     PEFT_TYPE_TO_PREFIX_MAPPING[SCAR] = ScarModel.prefix
+    register_push()
 
 
 def register() -> None:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from .kernels_scar import scar_scores, scar_steer
 from .passes_scar import Pass
 from .settings_scar import ConceptSettings, Gate
 from .strengths_scar import NOTHING, Group, Plan, Wishes, make_plan, overwrite, parts_of
-
-if TYPE_CHECKING:
-    from .recording_scar import Recorder
 
 Plans: TypeAlias = dict[str, Plan]
 
@@ -37,6 +34,13 @@ class ConceptRows(NamedTuple):
     """[C, d]: the decoder's columns as rows."""
 
 
+class Recorder(Protocol):
+    """Wants to see activations; see `record_scores`."""
+
+    def add(self, layer: "SteeringHook", place: Pass, hidden: Tensor) -> None:
+        """Take note of what a layer put out in one pass."""
+
+
 class _Override(NamedTuple):
     wishes: dict[str, Wishes]
     plans: Plans
@@ -45,7 +49,7 @@ class _Override(NamedTuple):
 OVERRIDES: ContextVar[Mapping["SteeringHook", _Override]] = ContextVar("scar_overrides", default={})
 """Temporary steering, by layer. A context variable, so that threads and tasks do not see each other's."""
 
-RECORDERS: ContextVar[Mapping["SteeringHook", tuple["Recorder", ...]]] = ContextVar("scar_recorders", default={})
+RECORDERS: ContextVar[Mapping["SteeringHook", tuple[Recorder, ...]]] = ContextVar("scar_recorders", default={})
 """Who wants the scores, by layer."""
 
 
@@ -156,7 +160,7 @@ class SteeringHook:
         override = OVERRIDES.get().get(self)
         return self._plans if override is None else {**self._plans, **override.plans}
 
-    def _in_use(self) -> tuple[Plans, "tuple[Recorder, ...]"]:
+    def _in_use(self) -> tuple[Plans, tuple[Recorder, ...]]:
         """Plans of the acting adapters that change something, and who wants their scores."""
         is_compiling = torch.compiler.is_compiling()
         plans = self._live if is_compiling else self._current_plans()
@@ -270,7 +274,7 @@ class SteeringHook:
 
 
 @torch.compiler.disable
-def _record(layer: SteeringHook, recorders: "tuple[Recorder, ...]", place: Pass, hidden: Tensor) -> None:
+def _record(layer: SteeringHook, recorders: tuple[Recorder, ...], place: Pass, hidden: Tensor) -> None:
     for recorder in recorders:
         recorder.add(layer, place, hidden.detach())
 
