@@ -101,4 +101,4 @@ def train_language_model(
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    return float(loss)
+    return loss.item()
