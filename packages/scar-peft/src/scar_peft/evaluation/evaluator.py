@@ -110,7 +110,7 @@ def evaluate(
             reconstruction and of tokens' detection. Scores of whole texts hold it, as those of `record_scores` do.
         cross_entropy_texts: so many first texts measure the cost of insertion; 0 leaves it out, as do models that
             predict no text.
-        monosemanticity_rows: so many first texts, or random tokens, measure FMS@1, with 4 n bytes each; 0: not measured.
+        monosemanticity_rows: so many first texts, or random tokens, measure FMS@1 with 4 n bytes each; 0: not measured.
         monosemanticity_of: "texts", by the mean of their latents, as in the paper, or "tokens". None: what labels are
             about. Where many latents tell whole texts apart perfectly, FMS is 0.5 for any coder, and tokens say more.
         progress_bar: show progress.
