@@ -14,7 +14,7 @@ from tests.support.tree import DISTRIBUTIONS, IMPORT_NAMES, Distribution
 REMOTE_MAY_IMPORT = {"huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
 NEEDS_AN_EXTRA = {
     *("PIL", "accelerate", "captum", "datasets", "diffusers", "inseq", "kernels"),
-    *("matplotlib", "peft", "triton", "trl", "yaml"),
+    *("matplotlib", "peft", "sklearn", "triton", "trl", "yaml"),
 }
 REMOTE_FILES = [path for each in DISTRIBUTIONS for path in sorted(each.remote.glob("*.py"))]
 
