@@ -1,6 +1,7 @@
 """Batches come in a shuffled order that can be continued anywhere."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,17 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ActivationStore:
     return ActivationStore(tmp_path)
 
 
+def epoch_of(sampler: StoreSampler, epoch: int) -> list[ActivationRows]:
+    return list(islice(sampler.batches_from(epoch * sampler.steps_per_epoch), sampler.steps_per_epoch))
+
+
 def numbers(batch: ActivationRows) -> list[int]:
     return batch.acts[0][:, 0].int().tolist()
 
 
 def test_an_epoch_holds_each_row_at_most_once_and_drops_less_than_a_batch(store: ActivationStore) -> None:
     sampler = StoreSampler(store, 7, buffer_rows=30)
-    batches = [numbers(batch) for batch in sampler.batches(0)]
+    batches = [numbers(batch) for batch in epoch_of(sampler, 0)]
     assert len(batches) == sampler.steps_per_epoch == 14
     assert {len(batch) for batch in batches} == {7}
     seen = [row for batch in batches for row in batch]
@@ -63,16 +68,16 @@ def test_an_epoch_holds_each_row_at_most_once_and_drops_less_than_a_batch(store:
 
 
 def test_rows_keep_their_labels_and_places(store: ActivationStore) -> None:
-    for batch in StoreSampler(store, 7, buffer_rows=30).batches(0):
+    for batch in epoch_of(StoreSampler(store, 7, buffer_rows=30), 0):
         assert (batch.seq_id * PER_TEXT + batch.pos).tolist() == numbers(batch)
 
 
 def test_order_is_shuffled_across_shards_and_differs_by_epoch_and_seed(store: ActivationStore) -> None:
-    first = [numbers(batch) for batch in StoreSampler(store, 20, buffer_rows=100).batches(0)]
+    first = [numbers(batch) for batch in epoch_of(StoreSampler(store, 20, buffer_rows=200), 0)]
     assert all(max(batch) - min(batch) > 40 for batch in first)
-    assert first == [numbers(batch) for batch in StoreSampler(store, 20, buffer_rows=100).batches(0)]
-    assert first != [numbers(batch) for batch in StoreSampler(store, 20, buffer_rows=100).batches(1)]
-    assert first != [numbers(batch) for batch in StoreSampler(store, 20, buffer_rows=100, seed=1).batches(0)]
+    assert first == [numbers(batch) for batch in epoch_of(StoreSampler(store, 20, buffer_rows=200), 0)]
+    assert first != [numbers(batch) for batch in epoch_of(StoreSampler(store, 20, buffer_rows=200), 1)]
+    assert first != [numbers(batch) for batch in epoch_of(StoreSampler(store, 20, buffer_rows=200, seed=1), 0)]
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 5, 13, 14, 30])
@@ -89,7 +94,7 @@ def test_any_step_can_be_the_first(store: ActivationStore, step: int) -> None:
 def test_processes_share_the_rows_and_take_equally_many_steps(store: ActivationStore, processes: int) -> None:
     samplers = [StoreSampler(store, 4, buffer_rows=16, rank=rank, processes=processes) for rank in range(processes)]
     assert len({sampler.steps_per_epoch for sampler in samplers}) == 1
-    seen = [row for sampler in samplers for batch in sampler.batches(0) for row in numbers(batch)]
+    seen = [row for sampler in samplers for batch in epoch_of(sampler, 0) for row in numbers(batch)]
     assert len(set(seen)) == len(seen) == 4 * processes * samplers[0].steps_per_epoch > 80
 
 
@@ -99,7 +104,7 @@ def test_held_out_texts_are_validated_and_never_trained_on(store: ActivationStor
     trained = [
         row
         for rank in range(processes)
-        for batch in StoreSampler(store, 2, validation_share=share, rank=rank, processes=processes).batches(0)
+        for batch in epoch_of(StoreSampler(store, 2, validation_share=share, rank=rank, processes=processes), 0)
         for row in numbers(batch)
     ]
     validated = [

@@ -189,6 +189,14 @@ def test_quantized_base_is_trained_on(tmp_path: Path) -> None:
     assert losses(result)[-1] < losses(result)[0]
 
 
+def test_activations_that_are_not_finite_are_reported(tmp_path: Path) -> None:
+    base = tiny_llama()
+    with torch.no_grad():
+        base.model.embed_tokens.weight[5] = math.inf
+    with pytest.warns(UserWarning, match=r"the loss of layer 0 is nan after step 1; the activations hold"):
+        trainer(tmp_path, adapted(base=base), max_steps=1, save_steps=None, validation_share=0.0).train()
+
+
 def test_decoder_of_unit_norm(tmp_path: Path) -> None:
     model = adapted()
     trainer(tmp_path, model, max_steps=3, unit_norm_decoder=True).train()

@@ -32,6 +32,18 @@ class ActivationRows(NamedTuple):
         acts = {layer: values[rows] for layer, values in self.acts.items()}
         return ActivationRows(acts, self.labels[rows], self.seq_id[rows], self.pos[rows])
 
+    def room_for(self, count: int) -> "ActivationRows":
+        """Memory for so many rows of this kind."""
+        acts = {layer: values.new_empty(count, *values.shape[1:]) for layer, values in self.acts.items()}
+        labels = self.labels.new_empty(count, *self.labels.shape[1:])
+        return ActivationRows(acts, labels, self.seq_id.new_empty(count), self.pos.new_empty(count))
+
+    def put(self, places: Tensor, rows: "ActivationRows") -> None:
+        """Write rows to the given places of this one."""
+        for layer, values in rows.acts.items():
+            self.acts[layer][places] = values
+        self.labels[places], self.seq_id[places], self.pos[places] = rows.labels, rows.seq_id, rows.pos
+
     @staticmethod
     def cat(parts: Sequence["ActivationRows"]) -> "ActivationRows":
         """All rows of the parts, one after the other."""

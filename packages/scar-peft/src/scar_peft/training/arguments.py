@@ -77,7 +77,7 @@ class ScarTrainingArguments:
     """Rows per step over all processes; a multiple of their number."""
 
     buffer_tokens: int = 1 << 18
-    """Rows that are shuffled together in the memory of a process."""
+    """Rows in the memory of a process. From a store, one half is shuffled together while the other half is read."""
 
     learning_rate: float = 1e-5
     """Of Adam, with its usual moments and no weight decay."""

@@ -22,6 +22,7 @@ from .store import INDEX_NAME, ActivationStore, StoreOrigin, StoreWriter, finish
 logger = logging.getLogger(__name__)
 
 _SAMPLED_TEXTS = 256
+_NO_CUT = 1 << 30
 _BYTES_PER_MARK = 8
 """seq_id and pos of a row, int32 each."""
 
@@ -154,9 +155,8 @@ def _summarize(rows: Any, reader: LabelReader, tokenizer: Any, max_length: int) 
     sample = list(islice(iter(rows), _SAMPLED_TEXTS))
     if not sample:
         raise ValueError("dataset must hold at least one row, got none.")
-    encoded = reader.tokenize(sample, tokenizer, sys.maxsize if max_length is None else max_length)
-    characters = sum(min(_size(reader, row), 20 * max_length) for row in sample)
-    per_character = sum(len(text.input_ids) for text in encoded) / max(1, characters)
+    encoded = reader.tokenize(sample, tokenizer, _NO_CUT)
+    per_character = sum(len(text.input_ids) for text in encoded) / max(1, sum(_size(reader, row) for row in sample))
     digest, texts, tokens = hashlib.sha256(), 0, 0.0
     for number, row in enumerate(rows):
         try:

@@ -1,6 +1,7 @@
 """The training loop: batches in, steps, log, validation and checkpoints out."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,6 +193,12 @@ class TrainingRun:
             entry |= {f"{name}/{layer}": value for name, value in zip(names, means, strict=True)}
             entry[f"dead_share/{layer}"] = (coder.rows_since_fired >= self.args.dead_after_tokens).float().mean().item()
             self._sums[layer].zero_()
+            if not math.isfinite(loss := entry[f"loss/{layer}"]):
+                warnings.warn(
+                    f"the loss of layer {layer} is {loss} after step {self._step}; the activations hold "
+                    "NaN or infinity (a float16 model may need bfloat16), or learning_rate is too high.",
+                    stacklevel=2,
+                )
         self._since = 0
         return entry
 

@@ -1,6 +1,7 @@
 """Order of training: shuffled batches of token rows, from a store on disk or straight from the model."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ class StoreSampler:
         Args:
             store: all processes open the same.
             batch_rows: rows per step of this process. Rows that fill no whole batch wait for another epoch.
-            buffer_rows: rows that are shuffled together in memory.
+            buffer_rows: rows in memory, of which a half is shuffled together while the other half is read.
             validation_share: share of the texts that is left out here.
             seed: of the order.
             rank: which process this is; each takes its part of the rows.
@@ -66,7 +67,7 @@ class StoreSampler:
         """
         self.store, self.batch_rows, self.seed, self.rank = store, batch_rows, seed, rank
         self._share = validation_share
-        self._buffer_rows = max(1, buffer_rows // batch_rows) * batch_rows
+        self._steps_per_buffer = max(1, buffer_rows // 2 // batch_rows)  # while one half is used, the other is read
         self._blocks, self._rows = self._plan(rank, processes)
         per_process = [
             self._plan(other, processes)[1].sum() if other != rank else self._rows.sum() for other in range(processes)
@@ -78,24 +79,21 @@ class StoreSampler:
                 f"got {batch_rows * processes}."
             )
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[ActivationRows]:
-        """The batches of an epoch from step `start` on."""
-        order = np.random.default_rng((self.seed, epoch, self.rank)).permutation(len(self._blocks))
-        ends = np.cumsum(self._rows[order])
-        per_buffer = self._buffer_rows // self.batch_rows
-        for number in range(start // per_buffer, -(-self.steps_per_epoch // per_buffer)):
-            rows = self._buffer(order, ends, number)
-            shuffle = np.random.default_rng((self.seed, epoch, self.rank, number)).permutation(len(rows.seq_id))
-            first = max(start - number * per_buffer, 0)
-            last = min(per_buffer, self.steps_per_epoch - number * per_buffer)
-            for step in range(first, last):
-                yield rows.take(torch.from_numpy(shuffle[step * self.batch_rows : (step + 1) * self.batch_rows]))
-
     def batches_from(self, step: int) -> Iterator[ActivationRows]:
         """The batches of all steps from `step` on, epoch after epoch, without end."""
-        epoch, start = divmod(step, self.steps_per_epoch)
-        for number in count(epoch):
-            yield from self.batches(number, start if number == epoch else 0)
+        buffers = self._buffers_from(step)
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self._read, *next(buffers))
+            while True:
+                rows = coming.result()
+                coming = reader.submit(self._read, *next(buffers))
+                start = step % self.steps_per_epoch % self._steps_per_buffer
+                for first in range(start * self.batch_rows, len(rows.seq_id) - self.batch_rows + 1, self.batch_rows):
+                    yield rows.take(slice(first, first + self.batch_rows))
+                    step += 1
+                    if step % self.steps_per_epoch == 0:  # another process has fewer rows
+                        break
+                del rows  # before the wait for the next
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: the step says it all."""
@@ -104,17 +102,31 @@ class StoreSampler:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Nothing to go on from but the step."""
 
-    def _buffer(self, order: np.ndarray, ends: np.ndarray, number: int) -> ActivationRows:
-        """Rows number * buffer_rows ... (number + 1) * buffer_rows of the epoch's order of blocks."""
-        first, last = number * self._buffer_rows, min((number + 1) * self._buffer_rows, int(ends[-1]))
-        parts = []
-        for place in range(int(np.searchsorted(ends, first, "right")), len(order)):
-            begin = int(ends[place] - self._rows[order[place]])
-            if begin >= last:
-                break
-            rows = self._training_rows(self._blocks[order[place]])
-            parts.append(rows.take(slice(max(first - begin, 0), last - begin)))
-        return ActivationRows.cat(parts)
+    def _buffers_from(self, step: int) -> Iterator[tuple[int, int]]:
+        """Epoch and number of each buffer, from that of a step on."""
+        per_epoch = -(-self.steps_per_epoch // self._steps_per_buffer)
+        epoch, within = divmod(step, self.steps_per_epoch)
+        for position in count(epoch * per_epoch + within // self._steps_per_buffer):
+            yield divmod(position, per_epoch)
+
+    def _read(self, epoch: int, number: int) -> ActivationRows:
+        """Fill a buffer: rows `number` * size to (`number` + 1) * size of the epoch's order of blocks, shuffled."""
+        order = np.random.default_rng((self.seed, epoch, self.rank)).permutation(len(self._blocks))
+        ends = np.cumsum(self._rows[order])
+        size = self._steps_per_buffer * self.batch_rows
+        first, last = number * size, min((number + 1) * size, int(ends[-1]))
+        places = torch.from_numpy(
+            np.random.default_rng((self.seed, epoch, self.rank, number)).permutation(last - first)
+        )
+        buffer, done = None, 0
+        for block in range(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last)) + 1):
+            begin = int(ends[block] - self._rows[order[block]])
+            rows = self._training_rows(self._blocks[order[block]]).take(slice(max(first - begin, 0), last - begin))
+            buffer = buffer or rows.room_for(last - first)
+            buffer.put(places[done : done + len(rows.seq_id)], rows)
+            done += len(rows.seq_id)
+        assert buffer is not None and done == last - first
+        return buffer
 
     def _training_rows(self, block: _Block) -> ActivationRows:
         rows = self.store.read(*block)

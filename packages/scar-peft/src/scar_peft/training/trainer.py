@@ -187,7 +187,8 @@ class ScarTrainer:
         }
 
     def _stored_rows(self, store: ActivationStore) -> StoreSampler:
-        warn_of_single_class(store)
+        if self.accelerator.is_main_process:
+            warn_of_single_class(store)
         return StoreSampler(
             store,
             self.args.batch_tokens // self._processes,
