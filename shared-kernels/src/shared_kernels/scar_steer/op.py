@@ -1,10 +1,13 @@
 """`scar_scores` and `scar_steer`: check the arguments, pick an implementation, define the gradient."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._checks import check_one_device
 from .._dispatch import Implementation, choose
+from .._ns import NAMESPACE
 from .eager import ACTIVATIONS, RULES, Activation, Rule, scar_scores_eager, scar_steer_eager, sum_dtype
 
 _WEIGHT_DTYPES = (torch.float32, torch.float64)
@@ -32,7 +35,7 @@ def scar_scores(
         encoder_sum: `[C]`, `encoder.sum(1)`, which keeps the rounding of a large mean out of the scores. Whoever scores
             often computes it once. Not checked; it gets no gradient, `encoder` gets all of it.
         bias: `[C]`.
-        eps: added to the std, at least 0.
+        eps: added to the std, above 0.
         normalize: False takes the mean as 0 and the std as 1, without eps.
         impl: `"triton"`, `"eager"` (PyTorch), or `"auto"`: Triton on a GPU, PyTorch elsewhere.
 
@@ -52,7 +55,9 @@ def scar_scores(
     _check_scoring(x, encoder, encoder_sum, bias, eps)
     if choose(impl, "scar_scores", x.device, sum_dtype(x, encoder)) == "eager":
         return scar_scores_eager(x, encoder, encoder_sum, bias, eps=eps, normalize=normalize)
-    raise NotImplementedError
+    rows, no = x.reshape(-1, x.shape[-1]), None
+    pre = _scar_steer(rows, encoder, encoder_sum, bias, no, no, no, None, "relu", 0.0, eps, normalize)[1]
+    return pre.view(*x.shape[:-1], pre.shape[1])
 
 
 def scar_steer(
@@ -127,7 +132,11 @@ def scar_steer(
             eps=eps,
             normalize=normalize,
         )
-    raise NotImplementedError
+    rows, settings = x.reshape(-1, x.shape[-1]), (rule, activation, threshold, eps, normalize)
+    if is_open is not None:
+        is_open = is_open.reshape(rows.shape[0], bias.shape[0])
+    y, pre, _ = _scar_steer(rows, encoder, encoder_sum, bias, decoder, strength, is_open, *settings)
+    return y.view(x.shape), pre.view(*x.shape[:-1], pre.shape[1])
 
 
 def _check_scoring(x: Tensor, encoder: Tensor, encoder_sum: Tensor, bias: Tensor, eps: float) -> None:
@@ -144,8 +153,8 @@ def _check_scoring(x: Tensor, encoder: Tensor, encoder_sum: Tensor, bias: Tensor
     _check_per_concept("bias", bias, encoder)
     if not x.device == encoder.device == encoder_sum.device == bias.device:
         check_one_device(x=x, encoder=encoder, encoder_sum=encoder_sum, bias=bias)
-    if not 0.0 <= eps < float("inf"):
-        raise ValueError(f"eps must be finite and at least 0, got {eps}.")
+    if not 0.0 < eps < float("inf"):
+        raise ValueError(f"eps must be finite and above 0, got {eps}.")
 
 
 def _check_per_concept(name: str, tensor: Tensor, encoder: Tensor) -> None:
@@ -198,3 +207,133 @@ def _check_steering(
         raise ValueError("threshold must be a number, got nan.")
     if not x.device == decoder.device == strength.device or (is_open is not None and is_open.device != x.device):
         check_one_device(x=x, decoder=decoder, strength=strength, is_open=is_open)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::scar_steer", mutates_args=())
+def _scar_steer(
+    x: Tensor,
+    encoder: Tensor,
+    encoder_sum: Tensor,
+    bias: Tensor,
+    decoder: Tensor | None,
+    strength: Tensor | None,
+    is_open: Tensor | None,
+    rule: str | None,
+    activation: str,
+    threshold: float,
+    eps: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steered rows `[N, d]`, empty without a rule; pre-activations `[N, C]`; mean, std and length of the rows."""
+    from . import kernel
+
+    tensors = _contiguous(x, encoder, encoder_sum, bias, decoder, strength, is_open)
+    y, pre, statistics = _outputs(x, bias, rule)
+    settings = kernel.Rule(rule, activation, threshold, eps, normalize)
+    kernel.steer(*tensors, rule=settings, y=None if rule is None else y, pre=pre, statistics=statistics)
+    return y, pre, statistics
+
+
+@_scar_steer.register_fake
+def _(
+    x: Tensor,
+    _encoder: Tensor,
+    _encoder_sum: Tensor,
+    bias: Tensor,
+    _decoder: Tensor | None,
+    _strength: Tensor | None,
+    _is_open: Tensor | None,
+    rule: str | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(x, bias, rule)
+
+
+def _outputs(x: Tensor, bias: Tensor, rule: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    N, d = x.shape
+    return x.new_empty(0 if rule is None else N, d), bias.new_empty(N, bias.shape[0]), bias.new_empty(N, 3)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if each is None else each.contiguous() for each in tensors]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::scar_steer_backward", mutates_args=())
+def _scar_steer_backward(
+    grad_y: Tensor | None,
+    grad_pre: Tensor,
+    x: Tensor,
+    encoder: Tensor,
+    encoder_sum: Tensor,
+    bias: Tensor,
+    decoder: Tensor | None,
+    strength: Tensor | None,
+    is_open: Tensor | None,
+    pre: Tensor,
+    statistics: Tensor,
+    rule: str | None,
+    activation: str,
+    threshold: float,
+    eps: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x, and `[N, 4, C]` factors k and gradients of pre, strength and k (without a rule, of pre)."""
+    from . import kernel
+
+    tensors = _contiguous(x, encoder, encoder_sum, bias, decoder, strength, is_open)
+    found = _contiguous(pre, statistics, grad_y, grad_pre)
+    grad_x, slopes = _gradients(x, bias)
+    settings = kernel.Rule(rule, activation, threshold, eps, normalize)
+    kernel.steer_backward(*tensors, *found, rule=settings, grad_x=grad_x, slopes=slopes)
+    return grad_x, slopes
+
+
+@_scar_steer_backward.register_fake
+def _(
+    _grad_y: Tensor | None,
+    _grad_pre: Tensor,
+    x: Tensor,
+    _encoder: Tensor,
+    _encoder_sum: Tensor,
+    bias: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    return _gradients(x, bias)
+
+
+def _gradients(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), bias.new_empty(x.shape[0], 4, bias.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.rule, ctx.activation, ctx.threshold, ctx.eps, ctx.normalize = inputs
+    _, pre, statistics = output
+    ctx.save_for_backward(*tensors, pre, statistics)
+    ctx.mark_non_differentiable(statistics)
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_pre: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, _encoder, _encoder_sum, _bias, decoder, strength, *_rest, statistics = ctx.saved_tensors
+    settings = (ctx.rule, ctx.activation, ctx.threshold, ctx.eps, ctx.normalize)
+    steers, needs = ctx.rule is not None, ctx.needs_input_grad
+    grad_x, slopes = _scar_steer_backward(grad_y if steers else None, grad_pre, *ctx.saved_tensors, *settings)
+    factor, of_pre, of_strength, direction = slopes.unbind(1)  # each [N, C]
+    grads: list[Tensor | None] = [grad_x if needs[0] else None, None, None, None, None, None]
+    if needs[1]:
+        mean, std, _length = statistics.split(1, dim=1)
+        grads[1] = (of_pre / (std + ctx.eps) if ctx.normalize else of_pre).T @ (x.float() - mean)
+    if needs[3]:
+        grads[3] = of_pre.sum(0)
+    if steers and needs[4]:
+        grads[4] = factor.T @ grad_y.float()
+        if ctx.rule in ("add", "add_gated"):  # they divide by the length of the decoder row
+            square = decoder.square().sum(1)
+            share = (factor * direction).sum(0) / torch.where(square > 0, square, torch.inf)
+            grads[4] -= share[:, None] * decoder
+    if steers and needs[5]:
+        S, C = strength.shape
+        grads[5] = of_strength.reshape(S, x.shape[0] // S, C).sum(1)
+    return *grads, None, None, None, None, None, None
+
+
+_scar_steer.register_autograd(_backward, setup_context=_setup_context)
