@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 import scar_peft
 from scar_peft.coder import CoderWeights
@@ -124,10 +125,14 @@ def test_checkpoints_hold_no_pickle_and_only_the_latest_stay(tmp_path: Path) -> 
 
 def test_resuming_from_a_folder_and_what_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=4, save_steps=2).train()
-    model = adapted(seed=5)
-    trainer(tmp_path, model, max_steps=4).train(resume_from_checkpoint=tmp_path / "checkpoint-4")
+    finished = trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=tmp_path / "checkpoint-4")
+    assert finished.metrics["eval_nmse/0"] > 0  # of the run before: nothing was left to do
     with pytest.raises(ValueError, match=r"^learning_rate must be 0.003 to go on from .*checkpoint-4, got 0.1"):
         trainer(tmp_path, max_steps=4, learning_rate=0.1).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"^k must be 4 to go on from .*, got 5"):
+        trainer(tmp_path, adapted(k=5), max_steps=4).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"^dataset must be '\w+' to go on"):
+        trainer(tmp_path, rows=ROWS[:50], max_steps=4, store_dir=tmp_path / "other").train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=r"^total_steps must be 4 to go on"):
         trainer(tmp_path, max_steps=5).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="resume_from_checkpoint must be the folder of a checkpoint, got "):
@@ -362,6 +367,9 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, frozen)
     with pytest.raises(ValueError, match="model must hold a full adapter to be trained, got a compact one"):
         trainer(tmp_path, adapted(compact=True, n_latents=None, k=None))
+    config = T5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_decoder_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="model must be decoder-only or encoder-only to be trained on texts"):
+        trainer(tmp_path, adapted(base=T5ForConditionalGeneration(config)))
     two = adapted()
     two.add_adapter("second", two.peft_config["default"])
     two.base_model.set_adapter(["default", "second"])

@@ -207,7 +207,7 @@ class SparseCoder(nn.Module):
     def count_fired(self, fired: Tensor, rows: int) -> None:
         """Note which latents were in use on the last `rows` rows."""
         self.rows_since_fired += rows
-        self.rows_since_fired[fired] = 0
+        self.rows_since_fired.masked_fill_(fired, 0)
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:

@@ -20,7 +20,6 @@ from .objective import CoderLoss, SparseCoder
 _LOGGED = {"loss": "loss", "reconstruction": "nmse", "concept": "concept_loss", "l1": "l1", "l0": "l0"}
 """Fields of `CoderLoss` and what the log calls them."""
 
-
 EVAL_EPOCHS = 5
 """Epochs between validations, unless told otherwise."""
 
@@ -70,6 +69,7 @@ class TrainingRun:
         total_steps: int,
         steps_per_epoch: int | None,
         concepts: Iterable[str],
+        identity: Mapping[str, Any],
         on_log: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         """Prepare a run.
@@ -82,12 +82,15 @@ class TrainingRun:
             total_steps: where the run ends.
             steps_per_epoch: None for a stream.
             concepts: names, for the log.
+            identity: what must be equal for a checkpoint to be continued, beside the settings in `args`.
             on_log: called with each entry of the log.
         """
         self.accelerator, self.stack, self.sampler, self.args = accelerator, stack, sampler, args
         self.total_steps, self.steps_per_epoch, self.concepts = total_steps, steps_per_epoch, list(concepts)
         self.log_history: list[dict[str, float]] = []
         self._on_log = on_log
+        own = {"processes": accelerator.num_processes, "total_steps": total_steps}
+        self._identity = {**own, **identity, **args.what_shapes_the_weights()}
         self._step = 0
         parameters = list(stack.parameters())
         is_fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
@@ -106,10 +109,9 @@ class TrainingRun:
             ValueError: it was made with other settings, which the message names.
         """
         state = read_state(folder)
-        mine = self._identity()
         for name, value in state["identity"].items():
-            if mine.get(name) != value:
-                raise ValueError(f"{name} must be {value!r} to go on from {folder}, got {mine.get(name)!r}.")
+            if self._identity.get(name) != value:
+                raise ValueError(f"{name} must be {value!r} to go on from {folder}, got {self._identity.get(name)!r}.")
         _, own = load_checkpoint(folder, self.stack, self.optimizer, rank=self.accelerator.process_index)
         self.sampler.load_state(own)
         self._step, self.log_history = state["step"], state["log_history"]
@@ -119,7 +121,6 @@ class TrainingRun:
 
     def train(self, validation: Callable[[], Iterable[ActivationRows]] | None) -> dict[str, float]:
         """Train to the end and return the last validation (empty without one)."""
-        metrics: dict[str, float] = {}
         if self.args.unit_norm_decoder and self._step == 0:
             self._normalize_decoders()
         batches = self.sampler.batches_from(self._step)
@@ -133,10 +134,12 @@ class TrainingRun:
                     entry = self._log(self._averages())
                     bar.set_postfix({name: f"{value:.4f}" for name, value in entry.items() if name.startswith("nmse")})
                 if validation and (is_last or self._is_due(self._eval_steps())):
-                    metrics = self._log(self.evaluate(validation()))
+                    self._log(self.evaluate(validation()))
                 if self.args.save_steps and (is_last or self._is_due(self.args.save_steps)):
                     self._save()
-        return metrics
+        return next(
+            (entry for entry in reversed(self.log_history) if any(name.startswith("eval_") for name in entry)), {}
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[ActivationRows]) -> dict[str, float]:
@@ -217,7 +220,7 @@ class TrainingRun:
             "since": self._since,
             "sums": {str(layer): sums.tolist() for layer, sums in self._sums.items()},
             "log_history": self.log_history,
-            "identity": self._identity(),
+            "identity": self._identity,
         }
         save_checkpoint(
             Path(self.args.output_dir),
@@ -230,12 +233,6 @@ class TrainingRun:
             barrier=self.accelerator.wait_for_everyone,
             keep=self.args.save_total_limit,
         )
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be equal for a run to go on as it would have."""
-        own = {"processes": self.accelerator.num_processes, "total_steps": self.total_steps}
-        layers = {"layers": [layer for layer, _ in self.stack.items()], "concepts": self.concepts}
-        return own | layers | self.args.what_shapes_the_weights()
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self._step % every == 0

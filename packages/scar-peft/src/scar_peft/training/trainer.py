@@ -93,7 +93,7 @@ class ScarTrainer:
             threshold=args.label_threshold,
             soft=args.soft_labels,
         )
-        self.processing_class = processing_class or _tokenizer_of(model)
+        self.processing_class = _tokenizer_of(model) if processing_class is None else processing_class
         self.log_history: list[dict[str, float]] = []
         self._check_trainable()
         hook = DDPCommunicationHookType.BF16 if args.grad_dtype == "bfloat16" else DDPCommunicationHookType.NO
@@ -139,6 +139,7 @@ class ScarTrainer:
             total_steps=self.args.max_steps or math.ceil(self.args.num_epochs * (steps_per_epoch or 0)),
             steps_per_epoch=steps_per_epoch,
             concepts=self.config.concepts,
+            identity=self._identity(store),
             on_log=self.on_log,
         )
         if resume_from_checkpoint:
@@ -251,7 +252,17 @@ class ScarTrainer:
             auxk_weight=args.auxk_weight,
         )
 
+    def _identity(self, store: ActivationStore | None) -> dict[str, Any]:
+        """What a checkpoint must agree with, beside the arguments."""
+        names = ("site", "concepts", "n_latents", "k", "activation", "concept_gate", "normalize", "norm_eps")
+        data = {"dataset": store.origin.dataset, "weights": store.origin.weights} if store else {}
+        return {"layers": sorted(self.layers), **{name: getattr(self.config, name) for name in names}, **data}
+
     def _check_trainable(self) -> None:
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                "model must be decoder-only or encoder-only to be trained on texts, got one with both parts."
+            )
         if self.config.compact:
             raise ValueError(
                 "model must hold a full adapter to be trained, got a compact one, which has no other latents."
