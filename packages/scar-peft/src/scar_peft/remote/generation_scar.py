@@ -1,12 +1,13 @@
 """`steering=` and `return_concept_scores=` for forward passes and `generate`."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .hook_scar import PROMPT
 from .recording_scar import ConceptScores, Recorder, record_scores
 from .steering_scar import steering as steering_block
 
@@ -37,18 +38,20 @@ def steered_generate(
     With scores it returns the dictionary of `return_dict_in_generate=True`, whose `concept_scores` [B, prompt + new] belong
     to its `sequences`. The last token of a sequence is never read by the model, so it has none.
     """
+    prompt = _prompt(layers, args, kwargs)
+    length = 1 if prompt is None else prompt.shape[1]
     if not kwargs.pop("return_concept_scores", False):
-        with _steering(layers, kwargs):
+        with _steering(layers, kwargs), _prompt_of(length):
             return generate(*args, **kwargs)
     kwargs["return_dict_in_generate"] = True
-    with _steering(layers, kwargs), record_scores(layers) as record:
+    with _steering(layers, kwargs), _prompt_of(length), record_scores(layers) as record:
         output = generate(*args, **kwargs)
-    # A prompt of embeddings has no tokens in the output's sequences.
-    ids, embeddings = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), kwargs.get("inputs_embeds")
-    unseen = embeddings.shape[1] if embeddings is not None and ids is None else 0
     config = kwargs.get("generation_config") or getattr(layers, "generation_config", None)
     end = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
-    output["concept_scores"] = _of_sequences(record, output, unseen, end)
+    scores = _of_sequences(record, output, unseen=length if prompt is not None and prompt.ndim == 3 else 0)
+    if end is not None and getattr(output, "beam_indices", None) is None:
+        scores = _without_end(scores, output["sequences"], end, length)
+    output["concept_scores"] = scores
     return output
 
 
@@ -57,14 +60,34 @@ def _steering(layers: nn.Module, kwargs: dict[str, Any]) -> Any:
     return steering_block(layers, **request) if any(value is not None for value in request.values()) else nullcontext()
 
 
-def _of_sequences(record: Recorder, output: Any, unseen: int, end: int | list[int] | None) -> ConceptScores:
-    """Scores of the returned sequences: a beam search changes the rows that they go through at every pass."""
+@contextmanager
+def _prompt_of(length: int) -> Iterator[None]:
+    token = PROMPT.set(length)
+    try:
+        yield
+    finally:
+        PROMPT.reset(token)
+
+
+def _prompt(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Tokens [B, L] or embeddings [B, L, d] that `generate` goes on from, if it does not begin by itself."""
+    if model.config.is_encoder_decoder:
+        given = [kwargs.get("decoder_input_ids"), kwargs.get("decoder_inputs_embeds")]
+    else:
+        given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    return next((tokens for tokens in given if tokens is not None), None)
+
+
+def _of_sequences(record: Recorder, output: Any, unseen: int) -> ConceptScores:
+    """Scores of the returned sequences: a beam search changes the rows that they go through at every pass.
+
+    Of a prompt of embeddings, the output's sequences lack as many tokens as `unseen` says.
+    """
     sequences: Tensor = output["sequences"]
     beams: Tensor | None = getattr(output, "beam_indices", None)
     passes, length = record.passes, unseen + sequences.shape[1]
     if beams is None:
-        scores = record.reordered([torch.arange(sequences.shape[0])] * passes, length)
-        return scores if end is None else _without_end(scores, sequences, end, record.prompt)
+        return record.reordered([torch.arange(sequences.shape[0])] * passes, length)
     beams = beams.cpu()
     # The prompt is read once for all beams of a request; each later pass reads what the one before has chosen.
     rows = [beams[:, 0].clamp(min=0), *(beams[:, step] for step in range(1, min(passes, beams.shape[1])))]
@@ -74,9 +97,8 @@ def _of_sequences(record: Recorder, output: Any, unseen: int, end: int | list[in
 
 def _without_end(scores: ConceptScores, sequences: Tensor, end: int | list[int], prompt: int) -> ConceptScores:
     """Scores without those of the padding that follows a sequence's end while other rows go on."""
-    length = scores.is_scored.shape[1]
-    tokens = torch.nn.functional.pad(sequences, (length - sequences.shape[1], 0), value=-1)
-    ends = torch.isin(tokens, torch.as_tensor(end, device=tokens.device))
+    missing = scores.is_scored.shape[1] - sequences.shape[1]
+    ends = torch.nn.functional.pad(torch.isin(sequences, torch.as_tensor(end, device=sequences.device)), (missing, 0))
     ends[:, :prompt] = False
     has_ended = (ends.cumsum(-1) - ends.int() > 0).to(scores.is_scored.device)
     is_scored = scores.is_scored & ~has_ended

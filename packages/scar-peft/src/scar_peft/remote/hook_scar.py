@@ -52,6 +52,9 @@ OVERRIDES: ContextVar[Mapping["SteeringHook", _Override]] = ContextVar("scar_ove
 RECORDERS: ContextVar[Mapping["SteeringHook", tuple[Recorder, ...]]] = ContextVar("scar_recorders", default={})
 """Who wants the scores, by layer."""
 
+PROMPT: ContextVar[int | None] = ContextVar("scar_prompt", default=None)
+"""Number of tokens of the prompt, while `generate` runs."""
+
 
 class SteeringHook:
     """Steers the output of one module for one or more adapters; a mixin for the `nn.Module` that holds their weights.
@@ -250,17 +253,16 @@ class SteeringHook:
         return steered if applies is True else torch.where(applies[..., None], steered, hidden)
 
     def _applies(self, group: Group, hidden: Tensor) -> bool | Tensor:
-        """Which tokens [B, L] are steered. What is read while the cache is empty is the prompt."""
+        """Which tokens are steered, as a mask that broadcasts to [B, L]."""
         if hidden.ndim != 3:
             return True
-        batch, length = hidden.shape[:2]
+        (batch, length), place = hidden.shape[:2], self._observed()
         applies: bool | Tensor = True
         if group.positions != "all":
-            past = self._observed().past
-            applies = past > 0 if group.positions == "generated" else past == 0
+            applies = place.is_generated(length, PROMPT.get(), hidden.device) == (group.positions == "generated")
         if applies is False or not group.skips_first_token:
             return applies
-        return ~self._observed().is_first(batch, length, hidden.device) & applies
+        return ~place.is_first(batch, length, hidden.device) & applies
 
     def scores(self, adapter: str, hidden: Tensor, kind: str) -> Tensor:
         """Pre-activations or latents of all concepts [..., C], without gradients."""

@@ -45,6 +45,12 @@ class Pass(NamedTuple):
             return (self.position_ids == 0).expand(batch, -1).to(device)
         return (torch.arange(length, device=device) + self.past == 0).expand(batch, -1)
 
+    def is_generated(self, length: int, prompt: int | None, device: torch.device) -> bool | Tensor:
+        """Which of `length` tokens are not of the prompt [L]. Its length unknown, it is what is read with no cache."""
+        if prompt is None:
+            return self.past > 0
+        return torch.arange(length, device=device) + self.past >= prompt
+
 
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad as _pad
 
 from .hook_scar import RECORDERS, SteeringHook
 from .passes_scar import Pass
@@ -101,11 +102,6 @@ class Recorder:
         return max((len(parts) for parts in self._parts.values()), default=0)
 
     @property
-    def prompt(self) -> int:
-        """Number of tokens up to the end of the first pass."""
-        return min((parts[0].start + parts[0].scores.shape[1] for parts in self._parts.values()), default=0)
-
-    @property
     def scores(self) -> ConceptScores:
         """Mean over layers. Passes that go on from a cache are parts of one sequence, as in `generate`; what a pass
         reads again takes the place of what was found before.
@@ -156,9 +152,8 @@ class Recorder:
                 parts[number] = part._replace(scores=part.scores[row], is_real=part.is_real[row] & has_run)
         found = self.scores
         read = min(found.is_scored.shape[1], length - 1)  # an assistant's last guesses may have been read and refused
-        pad = torch.nn.functional.pad
-        scores = {name: pad(each[:, :read], (0, length - read)) for name, each in found.items()}
-        return ConceptScores(scores, pad(found.is_scored[:, :read], (0, length - read)))
+        scores = {name: _pad(each[:, :read], (0, length - read)) for name, each in found.items()}
+        return ConceptScores(scores, _pad(found.is_scored[:, :read], (0, length - read)))
 
 
 @contextmanager
@@ -196,16 +191,17 @@ def record_scores(model: nn.Module, kind: Kind = "latent") -> Iterator[Recorder]
 
 def _joined(parts: list[_Part]) -> tuple[Tensor, Tensor]:
     """Scores [B, L, C] and which columns hold real tokens [B, L]. A pass replaces all from its first column on."""
-    scores = parts[0].scores[:, :0]
-    is_real = parts[0].is_real[:, :0]
+    scores, is_real = parts[0].scores[:, :0], parts[0].is_real[:, :0]
     for part in parts:
-        if part.start and part.scores.shape[0] != scores.shape[0]:
-            rows = (scores.shape[0], part.scores.shape[0])
-            raise ValueError(f"passes of one sequence must have the same number of rows, got {rows[0]} and {rows[1]}.")
+        if part.start == 0:
+            scores, is_real = part.scores, part.is_real
+            continue
+        if part.scores.shape[0] != scores.shape[0]:
+            rows = f"{scores.shape[0]} and {part.scores.shape[0]}"
+            raise ValueError(f"passes of one sequence must have the same number of rows, got {rows}.")
         unread = (0, max(0, part.start - scores.shape[1]))
-        pad = torch.nn.functional.pad
-        scores = torch.cat([pad(scores, (0, 0, *unread))[:, : part.start], part.scores], dim=1)
-        is_real = torch.cat([pad(is_real, unread)[:, : part.start], part.is_real], dim=1)
+        scores = torch.cat([_pad(scores, (0, 0, *unread))[:, : part.start], part.scores], dim=1)
+        is_real = torch.cat([_pad(is_real, unread)[:, : part.start], part.is_real], dim=1)
     return scores, is_real
 
 
