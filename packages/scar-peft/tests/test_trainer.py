@@ -3,11 +3,13 @@
 import ast
 import inspect
 import math
+import re
 import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -17,7 +19,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import scar_peft
 from scar_peft.coder import CoderWeights
 from scar_peft.losses import scar_loss
-from scar_peft.training import ScarTrainer, ScarTrainingArguments, TrainingResult
+from scar_peft.training import ActivationStore, ScarTrainer, ScarTrainingArguments, TrainingResult
 from scar_peft.training.objective import CoderSettings, SparseCoder, coder_loss
 from tests.support.scar_texts import register_texts, tiny_llama, word_tokenizer
 
@@ -382,6 +384,38 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
         tensor.data = tensor.data.bfloat16()
     with pytest.raises(ValueError, match="encoder of the adapter must be a float32 parameter"):
         trainer(tmp_path, half, max_steps=1).train()
+
+
+def test_spans_of_two_concepts_train_token_by_token(tmp_path: Path) -> None:
+    rows = []
+    for row in ROWS:
+        found = re.finditer(r"\bthe\b|\bking\b", row["text"])
+        spans = [{"start": each.start(), "end": each.end(), "label": each.group()} for each in found]
+        rows.append({"text": row["text"], "spans": spans})
+    model = adapted(concepts=["the", "king"])
+    run = trainer(
+        tmp_path,
+        model,
+        datasets.Dataset.from_list(rows),
+        label_columns="spans",
+        label_level="span",
+        max_steps=120,
+        batch_tokens=128,
+        learning_rate=3e-2,
+    )
+    result = run.train()
+    assert result.metrics["eval_auroc_the/0"] > 0.95  # the word itself tells
+    assert result.metrics["eval_auroc_king/0"] > 0.95
+    store = ActivationStore(tmp_path / "activations" / "train")
+    words = [word for row in rows for word in row["text"].split()]
+    assert store.positives == [words.count("the"), words.count("king")]
+
+
+def test_soft_labels_reach_the_loss(tmp_path: Path) -> None:
+    rows = [row | {"archaic": 0.2 + 0.6 * row["archaic"]} for row in ROWS]
+    result = trainer(tmp_path, rows=rows, max_steps=3, log_steps=1, soft_labels=True).train()
+    assert ActivationStore(tmp_path / "activations" / "train").read(0).labels.dtype == torch.float32
+    assert losses(result, "concept_loss/0")[-1] > 0.4  # the entropy of the labels is 0.5
 
 
 def test_label_columns_of_another_name_and_missing_ones(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def warn_of_single_class(store: ActivationStore) -> None:
             warnings.warn(
                 f"all labelled tokens are of one class for the concept {concept!r} ({positives} positive, {negatives} "
                 "negative); its latent cannot learn it. Check the label column, or add texts of the other class.",
-                stacklevel=3,
+                stacklevel=4,  # at the call of train()
             )
 
 
