@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = 1 << 17
 """Numbers of `x` worked on at a time, so that later passes find them in the cache. Changes speed, never the result."""
 
 _TINY = 1e-30
-"""Stands in for the square of a length of 0, so that a decoder row of zeros gets a factor of 0."""
+"""Stands in for the square of a length of 0."""
 
 
 class Scoring(NamedTuple):
@@ -132,6 +132,9 @@ def scar_steer_eager(
     scoring = _prepare(rows, encoder, encoder_sum, bias, eps, normalize)
     steering = Steering(_cast(decoder, dtype), rule, activation, threshold)
     strength = _cast(strength, dtype)
+    if rule in ("add", "add_gated"):
+        length = torch.linalg.vector_norm(steering.decoder, dim=1)
+        strength = strength * (length / length.square().clamp(min=_TINY))  # 0 for a decoder row of zeros
     if 1 < strength.shape[0] < N:
         strength = strength.repeat_interleave(N // strength.shape[0], 0)
     if is_open is not None:
@@ -207,24 +210,22 @@ def _steer(
 
 
 def _factors(scores: Scores, a: Tensor, is_open: Tensor | None, steering: Steering) -> tuple[Tensor, float]:
-    """How much of each decoder row is added, `[N, C]`, and the unit of these factors."""
-    decoder, rule, activation, threshold = steering
+    """How much of each decoder row is added, `[N, C]`, and the unit of these factors.
+
+    For the rules that add, the strengths `a` are per length of the decoder row.
+    """
+    _, rule, activation, threshold = steering
     if rule == "add":
-        return _pull(scores, a, decoder), 1.0
+        return a * _length(scores), 1.0
     if rule == "add_gated":
-        s = _latents(scores.pre, "sigmoid", threshold, is_open)
-        return _pull(scores, a, decoder) * (s - a.detach().sign().relu()).abs(), 1.0  # s, or 1 - s where a > 0
+        s, rises = _latents(scores.pre, "sigmoid", threshold, is_open), a.relu()
+        # a s, or a - a s where a > 0; with a slope of s at 0
+        return torch.addcmul(rises, s, torch.sub(a, rises, alpha=2.0)) * _length(scores), 1.0
     h = _latents(scores.pre, activation, threshold, is_open)
     k = a * h if rule == "scale" else a - h
     if scores.spread is None:
         return k, 1.0
     return k * scores.spread, max(1, scores.x.shape[1] - 1) ** -0.5
-
-
-def _pull(scores: Scores, a: Tensor, decoder: Tensor) -> Tensor:
-    """Compute a |x| / |D| `[N, C]`, 0 for a zero row D."""
-    length = torch.linalg.vector_norm(decoder, dim=1)
-    return a * _length(scores) * (length / length.square().clamp(min=_TINY))
 
 
 def _length(scores: Scores) -> Tensor:

@@ -38,7 +38,7 @@ class Config(NamedTuple):
 
 CONFIGS = (
     Config(columns=256, BLOCK_D=256, num_warps=1),
-    Config(columns=1024, BLOCK_D=1024, num_warps=4),
+    Config(columns=1024, BLOCK_D=1024, num_warps=2),
     Config(columns=2**62, BLOCK_D=4096, num_warps=8),
 )
 
