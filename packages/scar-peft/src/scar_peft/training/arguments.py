@@ -182,7 +182,7 @@ class ScarTrainingArguments:
 
     def what_shapes_the_weights(self) -> dict[str, Any]:
         """The fields that must be equal when a run is continued."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE_TO_CHANGE and name != "_"}
+        return {name: value for name, value in asdict(self).items() if name not in _FREE_TO_CHANGE}
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """The learning rate of step number `step`, counted from 0."""

@@ -6,7 +6,7 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +90,20 @@ def harvest(
     if rank == 0:
         _check_disk(folder, summary, origin, progress_bar)
     barrier()
-    _write_shards(writer, model, tokenizer, rows, summary, reader, targets, batch_size, shard_tokens, progress_bar)
+    windows = activation_windows(
+        model,
+        tokenizer,
+        rows,
+        reader,
+        targets,
+        batch_size=batch_size,
+        max_length=max_length,
+        drop_sink_tokens=drop_sink_tokens,
+        start=writer.progress.texts_done,
+        rank=rank,
+        processes=processes,
+    )
+    _write_shards(writer, windows, len(range(rank, summary.texts, processes)), shard_tokens, progress_bar)
     barrier()
     if rank == 0:
         finish_store(folder, origin, processes)
@@ -112,34 +125,15 @@ def warn_of_single_class(store: ActivationStore) -> None:
 
 def _write_shards(
     writer: StoreWriter,
-    model: nn.Module,
-    tokenizer: Any,
-    rows: Any,
-    summary: _Summary,
-    reader: LabelReader,
-    targets: Mapping[int, nn.Module],
-    batch_size: int,
+    windows: Iterable[tuple[int, ActivationRows]],
+    texts: int,
     shard_tokens: int,
     progress_bar: bool,
 ) -> None:
-    rank, processes = writer.rank, writer.processes
-    own_texts = len(range(rank, summary.texts, processes))
-    done = writer.progress.texts_done
-    pending: list[ActivationRows] = []
-    windows = activation_windows(
-        model,
-        tokenizer,
-        rows,
-        reader,
-        targets,
-        batch_size=batch_size,
-        max_length=writer.origin.max_length,
-        drop_sink_tokens=writer.origin.drop_sink_tokens,
-        start=done,
-        rank=rank,
-        processes=processes,
-    )
-    with tqdm(total=own_texts, initial=done, desc="harvest", unit="text", disable=not progress_bar or rank > 0) as bar:
+    """Write what is left of this process's `texts` texts."""
+    done, pending = writer.progress.texts_done, list[ActivationRows]()
+    is_quiet = not progress_bar or writer.rank > 0
+    with tqdm(total=texts, initial=done, desc="harvest", unit="text", disable=is_quiet) as bar:
         for texts_done, window in windows:
             pending.append(window)
             bar.update(texts_done - bar.n)
@@ -147,7 +141,7 @@ def _write_shards(
                 writer.write(ActivationRows.cat(pending), texts_done)
                 pending = []
     if pending:
-        writer.write(ActivationRows.cat(pending), own_texts)
+        writer.write(ActivationRows.cat(pending), texts)
 
 
 def _summarize(rows: Any, reader: LabelReader, tokenizer: Any, max_length: int) -> _Summary:

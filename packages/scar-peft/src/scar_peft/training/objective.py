@@ -159,7 +159,7 @@ def _dead_latents_loss(
     if not len(rows):
         return pre.sum()  # 0, with a gradient
     best = pre.topk(min(settings.auxk, len(rows)), dim=-1)
-    latents = torch.zeros_like(pre).scatter(-1, best.indices, best.values.relu())
+    latents = torch.zeros_like(pre).scatter(-1, best.indices, activate(best.values, settings.activation))
     error = F.linear(latents, weights.decoder[:, rows]) - rest
     return error.square().mean() / rest.square().mean().clamp_min(torch.finfo(rest.dtype).tiny)
 
