@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.atman.attention import MODES, dense_inputs, suffix_inputs
+from benchmarks.cases.scar.inputs import steer_inputs
 from benchmarks.cases.tfree.inputs import DTYPES, dictionary_inputs, random_tensor, text_inputs
 from benchmarks.harness import Options
 from shared_kernels import (
@@ -21,6 +22,8 @@ from shared_kernels import (
     fused_linear_bce,
     hash_embedding_bag,
     mix32_rows,
+    scar_scores,
+    scar_steer,
 )
 from shared_kernels.atman_attention.reference import atman_attention_reference
 from shared_kernels.csr_gather_sum.reference import csr_gather_sum_reference
@@ -28,6 +31,8 @@ from shared_kernels.decode_scores.reference import decode_scores_reference, deco
 from shared_kernels.fused_linear_bce.reference import fused_linear_bce_reference
 from shared_kernels.hash_embedding_bag.reference import hash_embedding_bag_reference
 from shared_kernels.mix32_rows.reference import mix32_rows_reference
+from shared_kernels.scar_steer.eager import RULES
+from shared_kernels.scar_steer.reference import scar_scores_reference, scar_steer_reference
 from tfree_tokenizer import FactoredDictionary
 
 TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2}  # of the largest entry; TF32 products (3e-4) do not pass as float32
@@ -197,6 +202,38 @@ def _few_heads(query: Tensor, key: Tensor, value: Tensor, factors: Tensor, mode:
     )
 
 
+def _check_steering(dtype: str, options: Options) -> Pairs:
+    for rule in RULES:
+        x, *weights = (each.requires_grad_() for each in steer_inputs(options, dtype))
+        ours, want = [], []
+        for tensors, results in (((x, *weights), ours), (_doubles(x, *weights), want)):
+            x_, encoder, bias, decoder, strength = tensors
+            op: Callable[..., Any] = scar_steer if results is ours else scar_steer_reference
+            y, pre = op(x_, encoder, encoder.sum(1), bias, decoder, strength, rule=rule)
+            gradients = torch.autograd.grad([y, pre], tensors, [torch.ones_like(y), torch.ones_like(pre)])
+            results += [y, pre, *gradients]
+        names = (
+            "output",
+            "scores",
+            *(f"gradient of {each}" for each in ("x", "encoder", "bias", "decoder", "strength")),
+        )
+        for name, got, expected in zip(names, ours, want, strict=True):
+            yield f"{rule} {name}", got, expected
+
+
+def _check_concept_scores(dtype: str, options: Options) -> Pairs:
+    x, encoder, bias, *_ = steer_inputs(options, dtype)
+    want = scar_scores_reference(x, encoder, encoder.double().sum(1), bias)
+    yield "scores", scar_scores(x, encoder, encoder.sum(1), bias), want
+    shifted = x.float() + 100.0 * x.float().std(1, keepdim=True)
+    want = scar_scores_reference(shifted, encoder, encoder.double().sum(1), bias)
+    yield "scores under a large mean", scar_scores(shifted, encoder, encoder.sum(1), bias), want
+
+
+def _doubles(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(each.detach().double().requires_grad_() for each in tensors)
+
+
 def _check_hash(_: str, options: Options) -> Pairs:
     trigrams = torch.arange(0, 2**24, 2**24 // (50 if options.quick else 5000))
     settings: dict[str, Any] = {"table_size": 8000, "num_hashes": 10, "num_lowercase": 3, "seed": 7}
@@ -211,6 +248,8 @@ _PAIRS: dict[str, Callable[[str, Options], Pairs]] = {
     "mix32_rows": _check_hash,
     "atman_suffix_attention": _check_suffixes,
     "atman_attention": _check_attention,
+    "scar_steer": _check_steering,
+    "scar_scores": _check_concept_scores,
 }
 _INTEGER_OPS = {"mix32_rows"}
 CHECKS = [

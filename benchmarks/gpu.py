@@ -30,6 +30,9 @@ from benchmarks.report import HEADER, Recorder, describe_run, duration, print_li
 from benchmarks.scaling import CURVES, print_curve, try_curve
 
 TIMED = (  # most valuable first
+    "scar.steer.scale.n1",
+    "scar.steer.scale.n16",
+    "scar.steer.scale.n256",
     "tfree.embed.narrow",
     "tfree.embed.layer",
     "tfree.decode.w1m.b8",
@@ -53,6 +56,10 @@ TIMED = (  # most valuable first
     "atman.suffix_attention.log_additive",
     "atman.suffix_attention.multiply",
     "atman.peers",
+    "scar.steer.add_gated.n1",
+    "scar.steer.add_gated.n256",
+    "scar.steer.detect.n1",
+    "scar.steer.detect.n256",
 )
 OP_OF_CASE = {
     "tfree.embed": "hash_embedding_bag",
@@ -61,6 +68,7 @@ OP_OF_CASE = {
     "tfree.topk": "decode_scores",
     "tfree.hash": "mix32_rows",
     "atman": "atman_suffix_attention",
+    "scar.steer": "scar_steer",
 }
 PHASE_ENDS = {"correctness": 90 / 540, "timing": 330 / 540, "scaling": 480 / 540, "profile": 1.0}  # of the deadline
 PROFILED = 2

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.cases.atman.attention import dense_inputs, suffix_inputs
+from benchmarks.cases.scar.inputs import steer_inputs
 from benchmarks.cases.tfree.inputs import dictionary_inputs, random_tensor, text_inputs
 from benchmarks.clocks import Call, seconds
 from benchmarks.harness import Options
@@ -29,6 +30,7 @@ from shared_kernels import (
     decode_scores,
     fused_linear_bce,
     hash_embedding_bag,
+    scar_steer,
 )
 
 MOST_COLUMNS = 4096  # what an open-ended row of a table is tuned at
@@ -75,6 +77,12 @@ def _dense(itemsize: int, columns: int) -> Call:
     return lambda: atman_attention(*tensors, is_causal=True)
 
 
+def _steering(columns: int) -> Call:
+    x, encoder, bias, decoder, strength = steer_inputs(OPTIONS, "bfloat16", min(columns, MOST_COLUMNS))
+    total = encoder.sum(1)
+    return lambda: scar_steer(x, encoder, total, bias, decoder, strength, rule="add_gated")
+
+
 def _dtype(itemsize: int) -> str:
     return "bfloat16" if itemsize == 2 else "float32"
 
@@ -97,6 +105,7 @@ WORKLOADS = {
     "decode_scores": Workload(_scores, "decode_scores"),
     "atman_suffix_attention": Workload(_suffixes, "atman_attention", "SUFFIX_CONFIGS", limits=2),
     "atman_attention": Workload(_dense, "atman_attention", "DENSE_CONFIGS", limits=2),
+    "scar_steer": Workload(_steering, "scar_steer"),
 }
 
 

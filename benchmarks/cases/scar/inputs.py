@@ -64,6 +64,19 @@ def rows_of(N: int, d: int, options: Options, dtype: str) -> Tensor:
     return random_tensor(N, d, dtype=dtype, device=options.device, scale=2.0, seed=3) + 0.5
 
 
+def steer_inputs(options: Options, dtype: str, d: int | None = None) -> tuple[Tensor, ...]:
+    """Rows [N, d], and encoder, bias, decoder and strengths of a few concepts, without a coder around them."""
+    d = d or shape_of(options).d
+    N, C, S = (12, 3, 4) if options.quick else (4096 if options.device == "cuda" else 64, 3, 16)
+    shapes = {"encoder": (C, d), "bias": (C,), "decoder": (C, d), "strength": (S, C)}
+    scales = {"encoder": d**-0.5, "decoder": d**-0.5}
+    weights = [
+        random_tensor(*shape, dtype="float32", device=options.device, scale=scales.get(name, 1.0), seed=n)
+        for n, (name, shape) in enumerate(shapes.items())
+    ]
+    return rows_of(N, d, options, dtype), *weights
+
+
 def standardized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows less their mean over their std, these means and stds."""
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
