@@ -56,7 +56,7 @@ class ScarConfig(PeftConfig):
     """"topk" (then relu), "topk-sigmoid", "topk-tanh", or "relu" (no selection)."""
 
     concept_gate: str = "relu"
-    """"relu": concept latents bypass TopK, which keeps k of the others. "topk": they compete, as in published weights."""
+    """"relu": concept latents bypass TopK, which keeps k others. "topk": they compete, as in published weights."""
 
     normalize: bool = True
     """Whether each activation is standardized before it is encoded."""
@@ -69,8 +69,8 @@ class ScarConfig(PeftConfig):
     original does, which costs perplexity even at neutral strength."""
 
     gate: str | None = None
-    """When a concept counts as on in residual steering: "relu", "threshold", "topk" or "open". None: what the coder does
-    itself where that needs no full encoding, else "relu"."""
+    """When a concept counts as on in residual steering: "relu", "threshold", "topk" or "open". None: what the coder
+    does itself where that needs no full encoding, else "relu"."""
 
     gate_threshold: dict[int, float] | float | None = None
     """tau of the gate "threshold", for all layers or by layer."""
@@ -110,6 +110,9 @@ class ScarConfig(PeftConfig):
 
     exclude_modules: str | list[str] | None = None
     """Unused; peft asks every configuration for it."""
+
+    modules_to_save: list[str] | None = None
+    """Further modules that are trained and stored; peft adds the heads of classifiers."""
 
     scar_version: str = __version__
     """Version that wrote the configuration."""
@@ -229,7 +232,7 @@ class ScarConfig(PeftConfig):
         self._check_latents(self.n_latents)
 
     def threshold_at(self, layer: int) -> float | None:
-        """tau of one layer."""
+        """The threshold tau of one layer."""
         return self.gate_threshold.get(layer) if isinstance(self.gate_threshold, dict) else self.gate_threshold
 
     def concept_settings(self, layer: int) -> ConceptSettings:
