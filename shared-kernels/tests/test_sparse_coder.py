@@ -31,7 +31,7 @@ DECODINGS = [  # N, n, K, d
     pytest.param(6, 40, 30, 33, id="dense"),
     pytest.param(3, 90, 5, 100, id="two-blocks-of-columns"),
     pytest.param(1, 300, 140, 530, id="one-row-split"),
-    pytest.param(80, 30, 4, 70, id="sliced"),
+    pytest.param(130, 40, 8, 40, id="sliced"),
     pytest.param(0, 9, 2, 4, id="no-rows"),
     pytest.param(3, 9, 0, 4, id="no-entries"),
     pytest.param(3, 9, 2, 0, id="no-columns"),
@@ -42,7 +42,7 @@ ENCODINGS = [  # N, n, k, d, always
     pytest.param(5, 40, 3, 33, 3, id="three-always"),
     pytest.param(6, 40, 30, 9, 1, id="dense"),
     pytest.param(3, 12, 12, 64, 12, id="all"),
-    pytest.param(8, 5, 2, 40, 1, id="sliced"),
+    pytest.param(9, 4, 2, 40, 2, id="sliced"),
     pytest.param(0, 9, 2, 4, 1, id="no-rows"),
 ]
 
@@ -214,7 +214,7 @@ def test_a_sliced_product_with_rows_equals_a_whole_one(monkeypatch):
 # the two plans
 
 
-@pytest.mark.parametrize("work", ["sum", "product"])
+@pytest.mark.parametrize("work", ["sum", "product", "columns"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("N", [1, 2, 4, 5, 8, 16, 64, 65, 4096])
 def test_the_plan_switches_where_the_table_says(device, work, N):
@@ -234,13 +234,13 @@ def test_tables_of_crossings_cover_every_number_of_rows():
         assert all(0 < share <= 1 for _, share in shares)
 
 
-@pytest.mark.parametrize(("K", "products"), [(6, 0), (7, 3)], ids=["gathered", "dense"])
+@pytest.mark.parametrize(("K", "products"), [(4, 0), (5, 1), (10, 1), (11, 3)])
 def test_a_plan_runs_on_either_side_of_the_crossing(K, products):
-    """40 latents, 5 rows: up to 0.15 * 40 = 6 entries are gathered; dense takes 3 matrix products in all."""
-    indices, inputs = decoding(5, 40, K, 8)
+    """Of 40 latents and 200 rows products are gathered up to 0.12 * 40 entries, sums up to 0.25 * 40."""
+    indices, inputs = decoding(200, 40, K, 8)
     with Calls() as calls:
         topk_sparse_decode(indices, inputs["values"], inputs["rows"]).sum().backward()
-    assert sum(calls.names.count(name) for name in ("mm", "addmm", "matmul")) == products
+    assert calls.names.count("mm") == products
 
 
 def test_few_rows_do_not_turn_a_transposed_table_around():
@@ -399,15 +399,15 @@ def test_gradients_agree_with_finite_differences():
 
 
 def test_gradients_have_the_same_bits_every_time(run):
-    indices, inputs = decoding(8, 4, 2, 40)
-    arguments = encoding(8, 4, 40)
+    indices, inputs = decoding(9, 2, 2, 40)
+    arguments = encoding(9, 2, 40)
 
     def gradients():
         out = run(topk_sparse_decode, indices, **inputs)
         values = run(sae_encode_topk, k=1, always=1, **arguments)[0]
         return [
-            *torch.autograd.grad(out, list(inputs.values()), numbers(8, 40)),
-            *torch.autograd.grad(values, list(arguments.values()), numbers(8, 2)),
+            *torch.autograd.grad(out, list(inputs.values()), numbers(9, 40)),
+            *torch.autograd.grad(values, list(arguments.values()), numbers(9, 2)),
         ]
 
     assert all(torch.equal(*pair) for pair in zip(gradients(), gradients(), strict=True))

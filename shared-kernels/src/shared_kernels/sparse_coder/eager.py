@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_GPU_SHARES = ((1, 0.8), (2, 0.4), (4, 0.2), (8, 0.1), (16, 0.05), (2**62, 0.005))
 _GATHER_SHARES = {
-    ("cpu", "sum"): ((4, 0.5), (64, 0.15), (2**62, 0.2)),
-    ("cpu", "product"): ((4, 0.5), (64, 0.15), (2**62, 0.12)),
-    ("cuda", "sum"): ((1, 0.8), (2, 0.4), (4, 0.2), (8, 0.1), (16, 0.05), (2**62, 0.005)),
-    ("cuda", "product"): ((1, 0.8), (2, 0.4), (4, 0.2), (8, 0.1), (16, 0.05), (2**62, 0.005)),
+    ("cpu", "sum"): ((4, 0.4), (64, 0.16), (2**62, 0.25)),
+    ("cpu", "product"): ((4, 0.4), (16, 0.2), (2**62, 0.12)),
+    ("cpu", "columns"): ((32, 0.02), (128, 0.1), (2**62, 0.25)),
+    **{("cuda", work): _GPU_SHARES for work in ("sum", "product", "columns")},
 }
 """Per device kind and work: up to so many rows, the largest share of latents that is gathered; denser is multiplied.
 Measured on an AMD EPYC; those of GPUs are inferred from their bandwidth and speed in bfloat16."""
@@ -27,10 +28,10 @@ _SLICE_COLUMNS = 32
 """A table is gathered from in slices of so many columns, if each entry of it is used often: a slice stays in cache."""
 
 _CACHED_ELEMENTS = 1 << 21
-"""A slice of so many numbers stays in a cache that is shared; products with rows are formed in such slices."""
+"""So many numbers stay in a cache that is shared: products with large tables are formed in such pieces."""
 
-_CHUNK_ROWS = 256
-"""Rows that are encoded and selected from at a time."""
+_CHUNK_ROWS, _CHUNK_ELEMENTS = 256, 1 << 23
+"""Rows that are selected from at a time, and pre-activations that are formed at a time, for as many rows at least."""
 
 _SAMPLE_STRIDE = 8
 _LEAST_SAMPLED = 512
@@ -141,7 +142,7 @@ def standardize(x: Tensor, eps: float, normalize: bool) -> tuple[Tensor, Tensor,
 def is_gathered(work: str, N: int, K: int, rows: Tensor) -> bool:
     """Whether K of the rows of a table are gathered for each of N rows; else all of them enter a matrix product.
 
-    `work` is "sum" for sums of table rows, "product" for products with them.
+    `work` is "sum" for sums of table rows, "product" for products with them, and "columns" for sums by table row.
     """
     if rows.stride(1) != 1 and rows.shape[1] > 1 and N < _TRANSPOSED_TABLE_ROWS:
         return False
@@ -185,7 +186,8 @@ class _Encode(torch.autograd.Function):
         ctx: Any, z: Tensor, encoder: Tensor, latent_bias: Tensor, pre_bias: Tensor, k: int, always: int
     ) -> tuple[Tensor, Tensor]:
         inputs = z - pre_bias
-        parts = [_encode_chunk(part, encoder, latent_bias, k, always) for part in inputs.split(_CHUNK_ROWS)]
+        chunk = max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(1, encoder.shape[0]))
+        parts = [_encode_chunk(part, encoder, latent_bias, k, always) for part in inputs.split(chunk)]
         values, indices = (torch.cat(each) for each in zip(*parts, strict=True))
         ctx.save_for_backward(indices, inputs, encoder)
         ctx.mark_non_differentiable(indices)
@@ -211,7 +213,13 @@ class _Encode(torch.autograd.Function):
 
 
 def _encode_chunk(inputs: Tensor, encoder: Tensor, bias: Tensor, k: int, always: int) -> tuple[Tensor, Tensor]:
-    pre = torch.addmm(bias, inputs, encoder.T)
+    n, d = encoder.shape
+    # a sixth to a third quicker than at once; a single row uses each latent once
+    is_cut = inputs.shape[0] > 1 and not torch.compiler.is_compiling()
+    latents = max(1, _CACHED_ELEMENTS // max(1, d)) if is_cut else n
+    pieces = zip(bias.split(latents), encoder.split(latents), strict=True)
+    parts = [torch.addmm(b, inputs, rows.T) for b, rows in pieces]
+    pre = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     indices = _select(pre, k, always)
     return pre.gather(1, indices.long()), indices
 
@@ -263,10 +271,10 @@ def _thin_out(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     spread = 4.0 * math.sqrt(m * share * (1.0 - share))  # four standard deviations: one row in thirty thousand
     rank = min(m, int(m * share + spread) + 2)
     bound = sample.topk(rank, sorted=False).values.amin(1, keepdim=True)
-    flat = torch.lt(pre, bound).logical_not_().view(-1).nonzero().squeeze(1)
-    bounds = torch.searchsorted(flat, torch.arange(0, N * n + 1, n))
+    flat = torch.lt(pre, bound).logical_not_().view(-1).nonzero().squeeze(1).to(torch.int32)
+    bounds = torch.searchsorted(flat, torch.arange(0, N * n + 1, n, dtype=torch.int32), out_int32=True)
     counts = bounds.diff()
-    rank_in_row = torch.arange(max(int(counts.max()), k + 1))
+    rank_in_row = torch.arange(max(int(counts.max()), k + 1), dtype=torch.int32)
     entries = (bounds[:-1, None] + rank_in_row).clamp_(max=flat.shape[0] - 1)
     places = flat.index_select(0, entries.view(-1)).view_as(entries)
     values = pre.view(-1).index_select(0, places.view(-1)).view_as(places)
@@ -289,10 +297,12 @@ def _column_sums(indices: Tensor, values: Tensor, source: Tensor, n: int) -> Ten
     (N, K), d = indices.shape, source.shape[1]
     if values.numel() == 0 or d == 0:
         return source.new_zeros(n, d)
-    if most_gathered("sum", N, n, source.device) < K:
+    if most_gathered("columns", N, n, source.device) < K:
         return scattered(indices, values, n).T @ source
-    latents, order = indices.reshape(-1).sort(stable=True)
-    starts = torch.searchsorted(latents, torch.arange(n, dtype=torch.int32, device=source.device), out_int32=True)
+    narrow = torch.int16 if n <= 2**15 else torch.int32  # half the digits to sort by
+    latents, order = indices.reshape(-1).to(narrow).sort(stable=True)
+    order = order.to(torch.int32)
+    starts = torch.searchsorted(latents, torch.arange(n, dtype=narrow, device=source.device), out_int32=True)
     entry_rows = torch.arange(N, dtype=torch.int32, device=source.device).repeat_interleave(K)
     return _bag(entry_rows.index_select(0, order), starts, values.reshape(-1).index_select(0, order), source)
 
@@ -305,7 +315,7 @@ def _row_products(indices: Tensor, grad: Tensor, rows: Tensor) -> Tensor:
     is_sampled = rows.device.type == "cpu" and not torch.compiler.is_compiling()
     if not is_sampled or not is_gathered("product", N, K, rows):
         return (grad @ rows.T).gather(1, indices.long())
-    width = d if n * d <= _CACHED_ELEMENTS or 4 * n > N * K else max(1, _CACHED_ELEMENTS // n)
+    width = d if n * d <= _CACHED_ELEMENTS or 16 * n > N * K else max(1, _CACHED_ELEMENTS // n)
     bounds = torch.arange(0, N * K + 1, K, dtype=torch.int32)
     with warnings.catch_warnings():  # torch calls the layout a beta version, once
         warnings.simplefilter("ignore", UserWarning)
@@ -318,7 +328,7 @@ def _row_products(indices: Tensor, grad: Tensor, rows: Tensor) -> Tensor:
 def _bag(indices: Tensor, starts: Tensor, values: Tensor, table: Tensor) -> Tensor:
     """Weighted sums of the table rows that each bag lists, a slice of columns at a time if entries are used often."""
     d = table.shape[1]
-    is_sliced = indices.shape[0] >= 4 * table.shape[0] and not torch.compiler.is_compiling()
+    is_sliced = indices.shape[0] >= 8 * table.shape[0] and not torch.compiler.is_compiling()
     width = _SLICE_COLUMNS if is_sliced else d
     out = table.new_empty(starts.shape[0], d)
     for total, part in zip(out.split(width, 1), table.split(width, 1), strict=True):

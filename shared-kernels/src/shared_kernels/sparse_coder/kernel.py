@@ -356,7 +356,7 @@ def row_products(indices: Tensor, grad: Tensor, rows: Tensor) -> Tensor:
 def column_sums(indices: Tensor, values: Tensor, source: Tensor, n: int) -> Tensor:
     """`[n, d]` float32: row c sums values_ij * source_i over the entries with indices_ij = c, in the order of i."""
     N, K = indices.shape
-    if most_gathered("sum", N, n, source.device) < K:
+    if most_gathered("columns", N, n, source.device) < K:
         with torch.autocast(source.device.type, enabled=False):
             return _product(scattered(indices, values.to(source.dtype), n).T, source)
     bounds, order = csr.transpose(indices.reshape(-1), n)
