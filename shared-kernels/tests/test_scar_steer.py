@@ -258,6 +258,7 @@ def test_rows_and_decoders_without_extent_stay_finite(run, rule):
     assert torch.equal(alone, x)  # the first decoder row has no direction
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_not_hidden_and_stays_in_its_row(run, rule, bad):

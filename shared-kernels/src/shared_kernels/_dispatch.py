@@ -10,6 +10,7 @@ import torch
 
 Implementation = Literal["auto", "triton", "eager"]
 
+_CPU = torch.device("cpu")
 _GPU_TYPES = ("cuda", "xpu")  # ROCm devices are of type "cuda", too
 _SWITCH = "SHARED_KERNELS_BACKEND"
 _already_warned: set[str] = set()
@@ -42,7 +43,8 @@ def choose(
         raise ValueError(f'impl must be "auto", "triton" or "eager", got {impl!r}.')
     asked = impl
     if asked == "auto":
-        on_gpu = BACKEND == "auto" and _HAS_TRITON and device.type in _GPU_TYPES
+        # the comparison comes first because asking for the type takes microseconds
+        on_gpu = BACKEND == "auto" and _HAS_TRITON and device != _CPU and device.type in _GPU_TYPES
         asked = "triton" if on_gpu or BACKEND == "triton" else "eager"
     if asked == "eager":
         return "eager"

@@ -15,29 +15,21 @@ Activation = Literal["relu", "sigmoid", "tanh"]
 RULES = ("scale", "set", "add", "add_gated")
 ACTIVATIONS = ("relu", "sigmoid", "tanh")
 
-_CHUNK_ELEMENTS = 1 << 17
+_CHUNK_ELEMENTS = 1 << 19
 """Numbers of `x` worked on at a time, so that later passes find them in the cache. Changes speed, never the result."""
 
 _TINY = 1e-30
 """Stands in for the square of a length of 0."""
 
 
-class Scoring(NamedTuple):
-    """How rows become pre-activations; tensors in the dtype of the sums."""
+class Settings(NamedTuple):
+    """What is done to all rows alike."""
 
-    encoder: Tensor  # [C, d]; with normalization, each row less its mean
-    bias: Tensor  # [C]
-    eps: float
-    normalize: bool
-
-
-class Steering(NamedTuple):
-    """How pre-activations become factors of the decoder's rows."""
-
-    decoder: Tensor  # [C, d], in the dtype of the sums
     rule: str
     activation: str
     threshold: float
+    eps: float
+    normalize: bool
 
 
 class Scores(NamedTuple):
@@ -65,12 +57,12 @@ def scar_scores_eager(
     Returns:
         `[..., C]`, float32, or float64 for float64 arguments.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return scar_scores_eager(x, encoder, encoder_sum, bias, eps=eps, normalize=normalize)
-    rows = _flat(x)
-    scoring = _prepare(rows, encoder, encoder_sum, bias, eps, normalize)
-    parts = [_score(part, scoring).pre for part in _chunks(rows, encoder, bias)]
+    rows, encoder = _flat(x), _prepare(x, encoder, encoder_sum, normalize)
+    bias = _cast(bias, encoder.dtype)
+    parts = [_score(part, encoder, bias, eps, normalize).pre for part in _chunks(rows, encoder, bias)]
     pre = parts[0] if len(parts) == 1 else torch.cat(parts)
     return pre if x.ndim == 2 else pre.view(*x.shape[:-1], pre.shape[1])
 
@@ -111,7 +103,7 @@ def scar_steer_eager(
     Returns:
         y, of the shape and dtype of `x`, and the pre-activations `[..., C]`, float32 (float64 for float64 arguments).
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return scar_steer_eager(
                 x,
@@ -127,13 +119,12 @@ def scar_steer_eager(
                 eps=eps,
                 normalize=normalize,
             )
-    rows, dtype = _flat(x), sum_dtype(x, encoder)
-    N, C = rows.shape[0], bias.shape[0]
-    scoring = _prepare(rows, encoder, encoder_sum, bias, eps, normalize)
-    steering = Steering(_cast(decoder, dtype), rule, activation, threshold)
-    strength = _cast(strength, dtype)
+    rows, encoder = _flat(x), _prepare(x, encoder, encoder_sum, normalize)
+    dtype, N, C = encoder.dtype, rows.shape[0], bias.shape[0]
+    bias, decoder, strength = _cast(bias, dtype), _cast(decoder, dtype), _cast(strength, dtype)
+    settings = Settings(rule, activation, threshold, eps, normalize)
     if rule in ("add", "add_gated"):
-        length = torch.linalg.vector_norm(steering.decoder, dim=1)
+        length = torch.linalg.vector_norm(decoder, dim=1)
         strength = strength * (length / length.square().clamp(min=_TINY))  # 0 for a decoder row of zeros
     if 1 < strength.shape[0] < N:
         strength = strength.repeat_interleave(N // strength.shape[0], 0)
@@ -141,14 +132,14 @@ def scar_steer_eager(
         is_open = is_open.reshape(N, C)
     parts = _chunks(rows, encoder, bias, decoder, strength)
     if len(parts) == 1:
-        y, pre = _steer(rows, strength, is_open, scoring, steering)
+        y, pre = _steer(rows, encoder, bias, decoder, strength, is_open, settings)
     else:
-        y, pre = torch.empty_like(rows), rows.new_empty(N, C, dtype=dtype)
-        start = 0
+        y, pre, start = torch.empty_like(rows), rows.new_empty(N, C, dtype=dtype), 0
         for part in parts:
             own = slice(start, start + part.shape[0])
             a = strength[own] if strength.shape[0] > 1 else strength
-            y[own], pre[own] = _steer(part, a, None if is_open is None else is_open[own], scoring, steering)
+            opened = None if is_open is None else is_open[own]
+            _, pre[own] = _steer(part, encoder, bias, decoder, a, opened, settings, y[own])
             start = own.stop
     return (y, pre) if x.ndim == 2 else (y.view_as(x), pre.view(*x.shape[:-1], C))
 
@@ -156,6 +147,10 @@ def scar_steer_eager(
 def sum_dtype(x: Tensor, encoder: Tensor) -> torch.dtype:
     """float32, or float64 if an argument has it."""
     return torch.float64 if torch.float64 in (x.dtype, encoder.dtype) else torch.float32
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)  # asking for the type takes 4 microseconds
 
 
 def _chunks(rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -171,23 +166,26 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _prepare(rows: Tensor, encoder: Tensor, encoder_sum: Tensor, bias: Tensor, eps: float, normalize: bool) -> Scoring:
-    dtype = sum_dtype(rows, encoder)
-    encoder, bias = _cast(encoder, dtype), _cast(bias, dtype)
-    if normalize:  # then a constant in x adds nothing to the scores, so what rounding left of the mean does not either
-        encoder = torch.sub(encoder, _cast(encoder_sum, dtype).unsqueeze(1), alpha=1.0 / rows.shape[1])
-    return Scoring(encoder, bias, eps, normalize)
+def _prepare(x: Tensor, encoder: Tensor, encoder_sum: Tensor, normalize: bool) -> Tensor:
+    """The encoder in the dtype of the sums, each row less its mean.
+
+    Then a constant added to x changes no score, so what rounding leaves of the mean of x does not either.
+    """
+    dtype = sum_dtype(x, encoder)
+    if not normalize:
+        return _cast(encoder, dtype)
+    return torch.sub(_cast(encoder, dtype), _cast(encoder_sum, dtype).unsqueeze(1), alpha=1.0 / x.shape[-1])
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a call that does nothing takes a microsecond
 
 
-def _score(rows: Tensor, scoring: Scoring) -> Scores:
-    encoder, bias, eps, normalize = scoring
-    x, d = _cast(rows, encoder.dtype), rows.shape[1]
+def _score(rows: Tensor, encoder: Tensor, bias: Tensor, eps: float, normalize: bool) -> Scores:
+    x = _cast(rows, encoder.dtype)
     if not normalize:
         return Scores(x, F.linear(x, encoder, bias), None, None)
+    d = x.shape[1]
     total = x.detach().sum(1, keepdim=True)  # any number near the mean would do: its gradient is that of `encoder`
     centered = torch.sub(x, total, alpha=1.0 / d)
     spread = torch.linalg.vector_norm(centered, dim=1, keepdim=True)  # has a gradient at 0, unlike std
@@ -197,24 +195,34 @@ def _score(rows: Tensor, scoring: Scoring) -> Scores:
 
 
 def _steer(
-    rows: Tensor, strength: Tensor, is_open: Tensor | None, scoring: Scoring, steering: Steering
+    rows: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    decoder: Tensor,
+    strength: Tensor,
+    is_open: Tensor | None,
+    settings: Settings,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Steered rows and their pre-activations."""
-    scores = _score(rows, scoring)
-    factors, unit = _factors(scores, strength, is_open, steering)
+    """Steered rows, in `out` if there is one, and their pre-activations."""
+    scores = _score(rows, encoder, bias, settings.eps, settings.normalize)
+    factors, unit = _factors(scores, strength, is_open, settings)
+    in_place = out if rows.dtype == decoder.dtype else None
     if factors.shape[1] == 1:
-        y = torch.addcmul(scores.x, factors, steering.decoder, value=unit)
+        y = torch.addcmul(scores.x, factors, decoder, value=unit, out=in_place)
     else:
-        y = torch.addmm(scores.x, factors, steering.decoder, alpha=unit)
+        y = torch.addmm(scores.x, factors, decoder, alpha=unit, out=in_place)
+    if out is not None and in_place is None:
+        return out.copy_(y), scores.pre
     return _cast(y, rows.dtype), scores.pre
 
 
-def _factors(scores: Scores, a: Tensor, is_open: Tensor | None, steering: Steering) -> tuple[Tensor, float]:
+def _factors(scores: Scores, a: Tensor, is_open: Tensor | None, settings: Settings) -> tuple[Tensor, float]:
     """How much of each decoder row is added, `[N, C]`, and the unit of these factors.
 
     For the rules that add, the strengths `a` are per length of the decoder row.
     """
-    _, rule, activation, threshold = steering
+    rule, activation, threshold, _, _ = settings
     if rule == "add":
         return a * _length(scores), 1.0
     if rule == "add_gated":

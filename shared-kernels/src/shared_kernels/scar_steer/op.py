@@ -149,21 +149,17 @@ def _check_scoring(x: Tensor, encoder: Tensor, encoder_sum: Tensor, bias: Tensor
         raise ValueError(f"encoder must have the shape [C, {d}], d as in x, got {tuple(encoder.shape)}.")
     if encoder.dtype not in _WEIGHT_DTYPES:
         raise ValueError(f"encoder must be torch.float32 or torch.float64, got {encoder.dtype}; convert it with .to().")
-    _check_per_concept("encoder_sum", encoder_sum, encoder)
-    _check_per_concept("bias", bias, encoder)
+    shape = (encoder.shape[0],)
+    for name, tensor in (("encoder_sum", encoder_sum), ("bias", bias)):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have the shape {shape}, one number per row of encoder, got {tuple(tensor.shape)}."
+            )
+        _check_dtype(name, tensor, encoder)
     if not x.device == encoder.device == encoder_sum.device == bias.device:
         check_one_device(x=x, encoder=encoder, encoder_sum=encoder_sum, bias=bias)
     if not 0.0 < eps < float("inf"):
         raise ValueError(f"eps must be finite and above 0, got {eps}.")
-
-
-def _check_per_concept(name: str, tensor: Tensor, encoder: Tensor) -> None:
-    if tensor.shape != encoder.shape[:1]:
-        raise ValueError(
-            f"{name} must have the shape {tuple(encoder.shape[:1])}, one number per row of encoder, "
-            f"got {tuple(tensor.shape)}."
-        )
-    _check_dtype(name, tensor, encoder)
 
 
 def _check_dtype(name: str, tensor: Tensor, encoder: Tensor) -> None:
@@ -181,7 +177,7 @@ def _check_steering(
     activation: str,
     threshold: float,
 ) -> None:
-    C, N = encoder.shape[0], x.shape[:-1].numel()
+    C, N = encoder.shape[0], x.numel() // x.shape[-1]
     if decoder.shape != encoder.shape:
         raise ValueError(
             f"decoder must have the shape {tuple(encoder.shape)}, one row per row of encoder, got "
