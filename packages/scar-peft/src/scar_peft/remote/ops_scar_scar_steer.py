@@ -16,37 +16,30 @@ Activation = Literal["relu", "sigmoid", "tanh"]
 RULES = ("scale", "set", "add", "add_gated")
 ACTIVATIONS = ("relu", "sigmoid", "tanh")
 
-_CHUNK_ELEMENTS = 1 << 17
+_CHUNK_ELEMENTS = 1 << 19
 """Numbers of `x` worked on at a time, so that later passes find them in the cache. Changes speed, never the result."""
 
+_TINY = 1e-30
+"""Stands in for the square of a length of 0."""
 
-class Scoring(NamedTuple):
-    """How rows become pre-activations; tensors in the dtype of the sums."""
 
-    encoder: Tensor  # [C, d]
-    encoder_sum: Tensor  # [C]
-    bias: Tensor  # [C]
+class Settings(NamedTuple):
+    """What is done to all rows alike."""
+
+    rule: str
+    activation: str
+    threshold: float
     eps: float
     normalize: bool
 
 
-class Steering(NamedTuple):
-    """How pre-activations become factors of the decoder's rows."""
-
-    decoder: Tensor  # [C, d]
-    rule: str
-    activation: str
-    threshold: float
-
-
 class Scores(NamedTuple):
-    """Rows in the dtype of the sums, and what was found in them; without normalization the statistics are None."""
+    """Rows in the dtype of the sums, and what was found in them; without normalization there are no statistics."""
 
     x: Tensor  # [N, d]
     pre: Tensor  # [N, C]
-    mean: Tensor | None  # [N, 1]
-    spread: Tensor | None  # [N, 1], length of the centered row
-    std: Tensor | None  # [N, 1]
+    total: Tensor | None  # [N, 1], d times the mean
+    spread: Tensor | None  # [N, 1], length of the centered row: sqrt(d - 1) times the std
 
 
 def scar_scores_eager(
@@ -65,14 +58,14 @@ def scar_scores_eager(
     Returns:
         `[..., C]`, float32, or float64 for float64 arguments.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return scar_scores_eager(x, encoder, encoder_sum, bias, eps=eps, normalize=normalize)
-    dtype = sum_dtype(x, encoder)
-    scoring = Scoring(encoder.to(dtype), encoder_sum.to(dtype), bias.to(dtype), eps, normalize)
-    parts = [_score(part, scoring).pre for part in _chunks(x.reshape(-1, x.shape[-1]), encoder, bias)]
+    rows, encoder = _flat(x), _prepare(x, encoder, encoder_sum, normalize)
+    bias = _cast(bias, encoder.dtype)
+    parts = [_score(part, encoder, bias, eps, normalize).pre for part in _chunks(rows, encoder, bias)]
     pre = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return pre.view(*x.shape[:-1], pre.shape[1])
+    return pre if x.ndim == 2 else pre.view(*x.shape[:-1], pre.shape[1])
 
 
 def scar_steer_eager(
@@ -111,7 +104,7 @@ def scar_steer_eager(
     Returns:
         y, of the shape and dtype of `x`, and the pre-activations `[..., C]`, float32 (float64 for float64 arguments).
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
             return scar_steer_eager(
                 x,
@@ -127,31 +120,38 @@ def scar_steer_eager(
                 eps=eps,
                 normalize=normalize,
             )
-    dtype, rows = sum_dtype(x, encoder), x.reshape(-1, x.shape[-1])
-    N, C = rows.shape[0], bias.shape[0]
-    scoring = Scoring(encoder.to(dtype), encoder_sum.to(dtype), bias.to(dtype), eps, normalize)
-    steering = Steering(decoder.to(dtype), rule, activation, threshold)
-    strength = strength.to(dtype)
+    rows, encoder = _flat(x), _prepare(x, encoder, encoder_sum, normalize)
+    dtype, N, C = encoder.dtype, rows.shape[0], bias.shape[0]
+    bias, decoder, strength = _cast(bias, dtype), _cast(decoder, dtype), _cast(strength, dtype)
+    settings = Settings(rule, activation, threshold, eps, normalize)
+    if rule in ("add", "add_gated"):
+        length = torch.linalg.vector_norm(decoder, dim=1)
+        strength = strength * (length / length.square().clamp(min=_TINY))  # 0 for a decoder row of zeros
     if 1 < strength.shape[0] < N:
         strength = strength.repeat_interleave(N // strength.shape[0], 0)
-    is_open = None if is_open is None else is_open.reshape(N, C)
+    if is_open is not None:
+        is_open = is_open.reshape(N, C)
     parts = _chunks(rows, encoder, bias, decoder, strength)
     if len(parts) == 1:
-        y, pre = _steer(rows, strength, is_open, scoring, steering, None)
+        y, pre = _steer(rows, encoder, bias, decoder, strength, is_open, settings)
     else:
-        y, pre = torch.empty_like(rows), rows.new_empty(N, C, dtype=dtype)
-        start = 0
+        y, pre, start = torch.empty_like(rows), rows.new_empty(N, C, dtype=dtype), 0
         for part in parts:
             own = slice(start, start + part.shape[0])
             a = strength[own] if strength.shape[0] > 1 else strength
-            _, pre[own] = _steer(part, a, None if is_open is None else is_open[own], scoring, steering, y[own])
+            opened = None if is_open is None else is_open[own]
+            _, pre[own] = _steer(part, encoder, bias, decoder, a, opened, settings, y[own])
             start = own.stop
-    return y.view(x.shape), pre.view(*x.shape[:-1], C)
+    return (y, pre) if x.ndim == 2 else (y.view_as(x), pre.view(*x.shape[:-1], C))
 
 
 def sum_dtype(x: Tensor, encoder: Tensor) -> torch.dtype:
     """float32, or float64 if an argument has it."""
     return torch.float64 if torch.float64 in (x.dtype, encoder.dtype) else torch.float32
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)  # asking for the type takes 4 microseconds
 
 
 def _chunks(rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -163,72 +163,94 @@ def _chunks(rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return rows.split(max(1, _CHUNK_ELEMENTS // rows.shape[1]))
 
 
-def _score(rows: Tensor, scoring: Scoring) -> Scores:
-    encoder, encoder_sum, bias, eps, normalize = scoring
-    x, d = rows.to(encoder.dtype), rows.shape[1]
+def _flat(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _prepare(x: Tensor, encoder: Tensor, encoder_sum: Tensor, normalize: bool) -> Tensor:
+    """The encoder in the dtype of the sums, each row less its mean.
+
+    Then a constant added to x changes no score, so what rounding leaves of the mean of x does not either.
+    """
+    dtype = sum_dtype(x, encoder)
     if not normalize:
-        return Scores(x, F.linear(x, encoder, bias), None, None, None)
-    # The mean is a pivot: subtracting any number near it leaves std and scores free of cancellation. What its rounding
-    # left in the rows is taken off the scores, so gradients need not pass through it.
-    mean = x.detach().sum(1, keepdim=True).div_(d)
-    centered = x - mean
-    spread = torch.linalg.vector_norm(centered, dim=1, keepdim=True)  # its gradient at 0 is 0, that of sqrt is not
-    std = spread * max(1, d - 1) ** -0.5
-    dots = torch.addcmul(F.linear(centered, encoder), centered.sum(1, keepdim=True), encoder_sum, value=-1.0 / d)
-    return Scores(x, torch.addcdiv(bias, dots, std + eps), mean, spread, std)
+        return _cast(encoder, dtype)
+    return torch.sub(_cast(encoder, dtype), _cast(encoder_sum, dtype).unsqueeze(1), alpha=1.0 / x.shape[-1])
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a call that does nothing takes a microsecond
+
+
+def _score(rows: Tensor, encoder: Tensor, bias: Tensor, eps: float, normalize: bool) -> Scores:
+    x = _cast(rows, encoder.dtype)
+    if not normalize:
+        return Scores(x, F.linear(x, encoder, bias), None, None)
+    d = x.shape[1]
+    total = x.detach().sum(1, keepdim=True)  # any number near the mean would do: its gradient is that of `encoder`
+    centered = torch.sub(x, total, alpha=1.0 / d)
+    spread = torch.linalg.vector_norm(centered, dim=1, keepdim=True)  # has a gradient at 0, unlike std
+    root = max(1, d - 1) ** 0.5
+    pre = torch.addcdiv(bias, F.linear(centered, encoder), spread + eps * root, value=root)
+    return Scores(x, pre, total, spread)
 
 
 def _steer(
     rows: Tensor,
+    encoder: Tensor,
+    bias: Tensor,
+    decoder: Tensor,
     strength: Tensor,
     is_open: Tensor | None,
-    scoring: Scoring,
-    steering: Steering,
-    out: Tensor | None,
+    settings: Settings,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    scores = _score(rows, scoring)
-    factors = _factors(scores, strength, is_open, steering)  # [N, C]
-    decoder, x = steering.decoder, scores.x
-    one = factors.shape[1] == 1
-    if out is not None and out.dtype == x.dtype:
-        if one:
-            return torch.addcmul(x, factors, decoder, out=out), scores.pre
-        return torch.addmm(x, factors, decoder, out=out), scores.pre
-    y = torch.addcmul(x, factors, decoder) if one else torch.addmm(x, factors, decoder)
-    return (y.to(rows.dtype) if out is None else out.copy_(y)), scores.pre
-
-
-def _factors(scores: Scores, a: Tensor, is_open: Tensor | None, steering: Steering) -> Tensor:
-    """k `[N, C]`: how much of each decoder row is added."""
-    rule, pre = steering.rule, scores.pre
-    if rule in ("add", "add_gated"):
-        length = torch.linalg.vector_norm(steering.decoder, dim=1)
-        pull = a * _length(scores) * torch.where(length > 0, length.reciprocal(), 0.0)
-        if rule == "add":
-            return pull
-        gate = _latents(pre, "sigmoid", steering.threshold, is_open)
-        return pull * torch.where(a > 0, 1.0 - gate, gate)
-    h = _latents(pre, steering.activation, steering.threshold, is_open)
-    k = a * h if rule == "scale" else a - h
-    return k if scores.std is None else k * scores.std
-
-
-def _latents(pre: Tensor, activation: str, threshold: float, is_open: Tensor | None) -> Tensor:
-    """Activations where open, else 0. A NaN counts as open, so that it is not hidden."""
-    if activation == "relu":
-        h = pre.relu()
-        closes = threshold > 0.0
+    """Steered rows, in `out` if there is one, and their pre-activations."""
+    scores = _score(rows, encoder, bias, settings.eps, settings.normalize)
+    factors, unit = _factors(scores, strength, is_open, settings)
+    in_place = out if rows.dtype == decoder.dtype else None
+    if factors.shape[1] == 1:
+        y = torch.addcmul(scores.x, factors, decoder, value=unit, out=in_place)
     else:
-        h = pre.sigmoid() if activation == "sigmoid" else pre.tanh()
-        closes = threshold > float("-inf")
-    if is_open is not None:
-        return torch.where(is_open, h, 0.0)
-    return torch.where(pre <= threshold, 0.0, h) if closes else h
+        y = torch.addmm(scores.x, factors, decoder, alpha=unit, out=in_place)
+    if out is not None and in_place is None:
+        return out.copy_(y), scores.pre
+    return _cast(y, rows.dtype), scores.pre
+
+
+def _factors(scores: Scores, a: Tensor, is_open: Tensor | None, settings: Settings) -> tuple[Tensor, float]:
+    """How much of each decoder row is added, `[N, C]`, and the unit of these factors.
+
+    For the rules that add, the strengths `a` are per length of the decoder row.
+    """
+    rule, activation, threshold, _, _ = settings
+    if rule == "add":
+        return a * _length(scores), 1.0
+    if rule == "add_gated":
+        s, rises = _latents(scores.pre, "sigmoid", threshold, is_open), a.relu()
+        # a s, or a - a s where a > 0; with a slope of s at 0
+        return torch.addcmul(rises, s, torch.sub(a, rises, alpha=2.0)) * _length(scores), 1.0
+    h = _latents(scores.pre, activation, threshold, is_open)
+    k = a * h if rule == "scale" else a - h
+    if scores.spread is None:
+        return k, 1.0
+    return k * scores.spread, max(1, scores.x.shape[1] - 1) ** -0.5
 
 
 def _length(scores: Scores) -> Tensor:
     """|x| `[N, 1]`, from the statistics where no gradient is due: that of hypot at 0 is NaN."""
-    x, mean, spread = scores.x, scores.mean, scores.spread
-    if mean is None or spread is None or (torch.is_grad_enabled() and x.requires_grad):
+    x, total, spread = scores.x, scores.total, scores.spread
+    if total is None or spread is None or (torch.is_grad_enabled() and x.requires_grad):
         return torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return torch.hypot(spread, mean * x.shape[1] ** 0.5)
+    return torch.hypot(spread, total * x.shape[1] ** -0.5)
+
+
+def _latents(pre: Tensor, activation: str, threshold: float, is_open: Tensor | None) -> Tensor:
+    """Activations where open, else 0. A NaN stays one: factors of 0 do not hide it."""
+    h = pre.relu() if activation == "relu" else pre.sigmoid() if activation == "sigmoid" else pre.tanh()
+    if is_open is not None:
+        return torch.where(is_open, h, 0.0)
+    if threshold == 0.0:
+        return h if activation == "relu" else h * pre.detach().relu().sign()  # cheaper than a comparison
+    never_closes = threshold < 0.0 if activation == "relu" else threshold == float("-inf")
+    return h if never_closes else h * (pre > threshold)
