@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from .coder import CoderWeights, fold_concepts
 from .config import ScarConfig
-from .remote.kernels_coder_scar import sae_encode_topk, topk_sparse_decode
 from .remote.hook_scar import ConceptRows, SteeringHook
+from .remote.kernels_coder_scar import sae_encode_topk, topk_sparse_decode
 from .remote.settings_scar import ELEMENTWISE, ConceptSettings, Gate
 from .remote.steering_scar import start_steering
+from .remote.strengths_scar import Plan, Wishes
 
 CHILD = "scar"
 """Name of the layer below its target. peft tells adapter weights by the prefix "scar_", which must come only once."""
@@ -21,8 +22,8 @@ CHILD = "scar"
 class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
     """Sits below the module whose output it reads and steers, and replaces nothing.
 
-    Weights lie in four flat dictionaries keyed by adapter: peft, and transformers on loading, take the adapter's name off
-    the last part of a parameter's path only.
+    Weights lie in four flat dictionaries keyed by adapter: peft, and transformers on loading, take the adapter's name
+    off the last part of a parameter's path only.
     """
 
     adapter_layer_names = ("scar_encoder", "scar_decoder", "scar_pre_bias", "scar_latent_bias")
@@ -54,8 +55,8 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
         d, n = config.hidden_size, len(config.concepts) if config.compact else config.n_latents
         self.configs[name] = config
         self.folded.pop(name, None)
-        # peft may have patched these assignments to create parameters on "meta". The decoder's columns lie one after the
-        # other in memory, because decoding a token reads whole columns.
+        # peft may have patched these assignments to create parameters on "meta". The decoder's columns lie one after
+        # the other in memory, because decoding a token reads whole columns.
         empty = (torch.empty(n, d), torch.empty(n, d).T, torch.empty(d), torch.empty(n))
         for values, tensor in zip(self._dictionaries(), empty, strict=True):
             values[name] = nn.Parameter(tensor)
@@ -94,6 +95,17 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
             with torch.inference_mode(False), torch.no_grad():
                 found = self.folded[adapter] = (key, self._fold(adapter))
         return found[1]
+
+    def plan_for(self, adapter: str, wishes: Wishes) -> Plan:
+        """How this layer fulfils wishes.
+
+        Raises:
+            ValueError: they need latents that a compact adapter does not hold.
+        """
+        plan = super().plan_for(adapter, wishes)
+        if plan.mode == "reconstruct" and self.config(adapter).compact:
+            raise ValueError(COMPACT_ERROR)
+        return plan
 
     def concept_settings(self, adapter: str) -> ConceptSettings:
         """How the adapter reads and steers here."""
@@ -184,15 +196,12 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
 
     def _wide_weights(self, adapter: str, hidden: Tensor) -> CoderWeights:
         if self.config(adapter).compact:
-            raise ValueError(
-                'mode="reconstruct" and gate="topk" need all latents, and a compact adapter holds its concepts only. '
-                'Load the full adapter, or steer with mode="residual".'
-            )
+            raise ValueError(COMPACT_ERROR)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         return CoderWeights(*(each.to(dtype) for each in self.weights(adapter)))
 
     def _decoder_rows(self, adapter: str, weights: CoderWeights) -> Tensor:
-        """The decoder's columns as rows [n, d], each in one piece; weights that were loaded otherwise are laid out anew."""
+        """The decoder's columns as rows [n, d], each in one piece; weights loaded otherwise are laid out anew."""
         if not weights.decoder.T.is_contiguous() and not weights.decoder.requires_grad:
             parameter = self.scar_decoder[adapter]
             parameter.data = parameter.T.contiguous().T
@@ -222,13 +231,17 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
 
 
 MERGE_ERROR = "SCAR adapters depend on the activation and cannot be merged; use unload()."
+COMPACT_ERROR = (
+    'mode="reconstruct" and gate="topk" need all latents, and a compact adapter holds its concepts only. '
+    'Load the full adapter, or steer with mode="residual".'
+)
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 
 
 @torch.no_grad()
 def init_coder_(weights: CoderWeights) -> None:
-    """Start values: E uniform in +-1/sqrt(d), D = E^T, biases 0, as the original (torch's default for linear layers)."""
+    """Start values of the original: E uniform in +-1/sqrt(d) (torch's default for linear layers), D = E^T, biases 0."""
     bound = weights.encoder.shape[1] ** -0.5
     weights.encoder.uniform_(-bound, bound)
     weights.decoder.copy_(weights.encoder.T)

@@ -1,6 +1,5 @@
 """Makes adapters small, and exchanges their weights in place."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,6 +10,12 @@ from torch import nn
 from .coder import CoderWeights
 from .config import ScarConfig
 from .layer import ScarLayer, scar_layers
+
+_SEMANTICS = (
+    *("layers", "site", "concepts", "compact"),
+    *("activation", "concept_gate", "k", "normalize", "norm_eps"),
+)
+"""What two adapters must have in common for their weights to be exchanged."""
 
 
 def compact(model: nn.Module, adapter_name: str = "default") -> nn.Module:
@@ -46,7 +51,7 @@ def compact(model: nn.Module, adapter_name: str = "default") -> nn.Module:
 
 
 def swap_weights(model: nn.Module, adapter_name: str, source: str | Path, *, revision: str | None = None) -> None:
-    """Exchange an adapter's weights for those of another of the same shape, in place, so that nothing is compiled again.
+    """Exchange an adapter's weights for those of another of the same shape, in place: nothing is compiled again.
 
     Args:
         model: any model that holds the adapter.
@@ -62,7 +67,8 @@ def swap_weights(model: nn.Module, adapter_name: str, source: str | Path, *, rev
     config, other = layers[0].config(adapter_name), PeftConfig.from_pretrained(str(source), **options)
     _check_alike(config, other)
     tensors = load_peft_weights(str(source), device="cpu", **options)
-    found = [(layer, _of_layer(tensors, layer)) for layer in layers]
+    names = {module: _below_wrapper(name) for name, module in model.named_modules()}
+    found = [(layer, _of_layer(tensors, names[layer])) for layer in layers]
     for layer, weights in found:
         for name, old, new in zip(CoderWeights._fields, layer.weights(adapter_name), weights, strict=True):
             if old.shape != new.shape:
@@ -83,20 +89,21 @@ def _concept_rows(weights: CoderWeights, count: int) -> CoderWeights:
 def _check_alike(config: ScarConfig, other: PeftConfig) -> None:
     if not isinstance(other, ScarConfig):
         raise ValueError(f"source must hold a SCAR adapter, got {type(other).__name__}.")
-    same: Iterable[str] = ("layers", "site", "concepts", "activation", "concept_gate", "k", "compact", "normalize", "norm_eps")
-    for name in same:
-        if getattr(config, name) != getattr(other, name):
-            raise ValueError(
-                f"{name} in source must be {getattr(config, name)!r}, got {getattr(other, name)!r}: load it as an adapter."
-            )
+    for name in _SEMANTICS:
+        wanted, got = getattr(config, name), getattr(other, name)
+        if wanted != got:
+            raise ValueError(f"{name} in source must be {wanted!r}, got {got!r}: load it as an adapter.")
 
 
-def _of_layer(tensors: dict[str, torch.Tensor], layer: ScarLayer) -> CoderWeights:
-    """One layer's tensors, by the block's index in their names."""
-    found = []
-    for name in layer.adapter_layer_names:
-        matches = [key for key in tensors if key.endswith(f".{name}") and f".{layer.layer_index}." in key]
-        if len(matches) != 1:
-            raise ValueError(f"source must hold {name} of layer {layer.layer_index} once, got {matches}.")
-        found.append(tensors[matches[0]])
-    return CoderWeights(*found)
+def _of_layer(tensors: dict[str, torch.Tensor], path: str) -> CoderWeights:
+    """The tensors of the layer at `path`."""
+    found = {_below_wrapper(key): tensor for key, tensor in tensors.items()}
+    names = [f"{path}.{name}" for name in ScarLayer.adapter_layer_names]
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"source must hold {missing[0]}, got {sorted(found)}.")
+    return CoderWeights(*(found[name] for name in names))
+
+
+def _below_wrapper(name: str) -> str:
+    """A name below the model itself: saved files and PEFT models put "base_model.model." in front."""
+    return name.removeprefix("base_model.model.")
