@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.atman.attention import MODES, dense_inputs, suffix_inputs
+from benchmarks.cases.scar.coder import selection
 from benchmarks.cases.scar.inputs import steer_inputs
 from benchmarks.cases.tfree.inputs import DTYPES, dictionary_inputs, random_tensor, text_inputs
 from benchmarks.harness import Options
@@ -22,8 +23,11 @@ from shared_kernels import (
     fused_linear_bce,
     hash_embedding_bag,
     mix32_rows,
+    sae_encode_topk,
     scar_scores,
     scar_steer,
+    topk_select,
+    topk_sparse_decode,
 )
 from shared_kernels.atman_attention.reference import atman_attention_reference
 from shared_kernels.csr_gather_sum.reference import csr_gather_sum_reference
@@ -33,6 +37,11 @@ from shared_kernels.hash_embedding_bag.reference import hash_embedding_bag_refer
 from shared_kernels.mix32_rows.reference import mix32_rows_reference
 from shared_kernels.scar_steer.eager import RULES
 from shared_kernels.scar_steer.reference import scar_scores_reference, scar_steer_reference
+from shared_kernels.sparse_coder.reference import (
+    sae_encode_topk_reference,
+    topk_select_reference,
+    topk_sparse_decode_reference,
+)
 from tfree_tokenizer import FactoredDictionary
 
 TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2}  # of the largest entry; TF32 products (3e-4) do not pass as float32
@@ -230,6 +239,74 @@ def _check_concept_scores(dtype: str, options: Options) -> Pairs:
     yield "scores under a large mean", scar_scores(shifted, encoder, encoder.sum(1), bias), want
 
 
+def _coder_sizes(options: Options) -> tuple[int, int, int]:
+    """N rows, width d, n latents."""
+    if options.quick:
+        return 6, 24, 96
+    return (512, 1024, 8192) if options.device == "cuda" else (64, 512, 3072)
+
+
+def _check_selection(dtype: str, options: Options) -> Pairs:
+    N, _, n = _coder_sizes(options)
+    pre = random_tensor(N, n, dtype=dtype, device=options.device).requires_grad_()
+    for k, always in ((n // 12, 0), (n // 3, 3)):
+        values, indices = topk_select(pre, k, always=always)
+        want, want_indices = topk_select_reference(pre, k, always=always)
+        yield f"k={k} values", values, want
+        yield f"k={k} indices", indices, want_indices
+        gradient = random_tensor(*values.shape, dtype=dtype, device=options.device, seed=1)
+        yield f"k={k} gradient", *(torch.autograd.grad(each, pre, gradient)[0] for each in (values, want))
+
+
+def _check_sparse_decode(dtype: str, options: Options) -> Pairs:
+    """A few entries per row are gathered, many are multiplied as a dense matrix."""
+    N, d, n = _coder_sizes(options)
+    shapes = {"scale": (N,), "shift": (N,), "bias": (d,)}
+    for k in (max(1, n // 256), n // 3):
+        indices = selection(N, n, k, options.device)
+        tensors = [
+            random_tensor(*shape, dtype=dtype, device=options.device, seed=seed).requires_grad_()
+            for seed, shape in enumerate(((N, k), (n, d), *shapes.values()))
+        ]
+        doubles = _doubles(*tensors)
+        ours, want = (
+            op(indices, each[0], each[1], **dict(zip(shapes, each[2:], strict=True)))
+            for op, each in ((topk_sparse_decode, tensors), (topk_sparse_decode_reference, doubles))
+        )
+        yield f"k={k} output", ours, want
+        gradient = random_tensor(N, d, dtype=dtype, device=options.device, seed=9)
+        got = torch.autograd.grad(ours, tensors, gradient)
+        expected = torch.autograd.grad(want, doubles, gradient.double())
+        for name, one, other in zip(("values", "rows", *shapes), got, expected, strict=True):
+            yield f"k={k} gradient of {name}", one, other
+
+
+def _check_encode(dtype: str, options: Options) -> Pairs:
+    """Near ties may fall to either side, so values are compared where they were taken, and in order."""
+    N, d, n = _coder_sizes(options)
+    shapes = {"x": (N, d), "encoder": (n, d), "latent_bias": (n,), "pre_bias": (d,)}
+    tensors = [
+        random_tensor(
+            *shape, dtype=dtype, device=options.device, scale=d**-0.5 if name == "encoder" else 1.0, seed=seed
+        )
+        for seed, (name, shape) in enumerate(shapes.items())
+    ]
+    tensors = [each.requires_grad_() for each in tensors]
+    doubles = _doubles(*tensors)
+    k = max(1, n // 256)
+    values, indices, mean, std = sae_encode_topk(*tensors, k)
+    pre, _, want_mean, want_std = sae_encode_topk_reference(*doubles, n)
+    want = pre.gather(1, indices.long())
+    yield "values", values, want
+    yield "values in order", values.sort(descending=True).values, pre.topk(k).values
+    yield "mean", mean, want_mean
+    yield "deviation", std, want_std
+    gradient = random_tensor(N, k, dtype="float32", device=options.device, seed=9)
+    got = torch.autograd.grad(values, tensors, gradient)
+    for name, ours, expected in zip(shapes, got, torch.autograd.grad(want, doubles, gradient.double()), strict=True):
+        yield f"gradient of {name}", ours, expected
+
+
 def _doubles(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(each.detach().double().requires_grad_() for each in tensors)
 
@@ -250,6 +327,9 @@ _PAIRS: dict[str, Callable[[str, Options], Pairs]] = {
     "atman_attention": _check_attention,
     "scar_steer": _check_steering,
     "scar_scores": _check_concept_scores,
+    "topk_select": _check_selection,
+    "topk_sparse_decode": _check_sparse_decode,
+    "sae_encode_topk": _check_encode,
 }
 _INTEGER_OPS = {"mix32_rows"}
 CHECKS = [

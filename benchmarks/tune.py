@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.cases.atman.attention import dense_inputs, suffix_inputs
+from benchmarks.cases.scar.coder import selection
 from benchmarks.cases.scar.inputs import steer_inputs
 from benchmarks.cases.tfree.inputs import dictionary_inputs, random_tensor, text_inputs
 from benchmarks.clocks import Call, seconds
@@ -30,7 +31,10 @@ from shared_kernels import (
     decode_scores,
     fused_linear_bce,
     hash_embedding_bag,
+    sae_encode_topk,
     scar_steer,
+    topk_select,
+    topk_sparse_decode,
 )
 
 MOST_COLUMNS = 4096  # what an open-ended row of a table is tuned at
@@ -83,6 +87,28 @@ def _steering(columns: int) -> Call:
     return lambda: scar_steer(x, encoder, total, bias, decoder, strength, rule="add_gated")
 
 
+def _select(columns: int) -> Call:
+    n = min(columns, 24576)
+    pre = random_tensor(2048, n, dtype="float32", device="cuda")
+    return lambda: topk_select(pre, n // 12)
+
+
+def _standardize(columns: int) -> Call:
+    """One latent, so that the rows are what takes time."""
+    d = min(columns, MOST_COLUMNS)
+    x = random_tensor(8192, d, dtype="bfloat16", device="cuda")
+    weights = [random_tensor(*shape, dtype="bfloat16", device="cuda") for shape in ((1, d), (1,), (d,))]
+    return lambda: sae_encode_topk(x, *weights, 1)
+
+
+def _sparse_decode(columns: int) -> Call:
+    n, k = 24576, 64
+    rows = random_tensor(n, min(columns, MOST_COLUMNS), dtype="bfloat16", device="cuda")
+    values = random_tensor(2048, k, dtype="float32", device="cuda")
+    indices = selection(2048, n, k, "cuda")
+    return lambda: topk_sparse_decode(indices, values, rows)
+
+
 def _dtype(itemsize: int) -> str:
     return "bfloat16" if itemsize == 2 else "float32"
 
@@ -106,6 +132,9 @@ WORKLOADS = {
     "atman_suffix_attention": Workload(_suffixes, "atman_attention", "SUFFIX_CONFIGS", limits=2),
     "atman_attention": Workload(_dense, "atman_attention", "DENSE_CONFIGS", limits=2),
     "scar_steer": Workload(_steering, "scar_steer"),
+    "topk_select": Workload(_select, "sparse_coder", "SELECT_CONFIGS"),
+    "sae_encode_topk": Workload(_standardize, "sparse_coder", "STANDARDIZE_CONFIGS"),
+    "topk_sparse_decode": Workload(_sparse_decode, "sparse_coder", "TILES"),
 }
 
 
