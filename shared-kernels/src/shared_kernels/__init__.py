@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .fused_linear_bce import fused_linear_bce as fused_linear_bce
     from .hash_embedding_bag import hash_embedding_bag as hash_embedding_bag
     from .mix32_rows import mix32_rows as mix32_rows
+    from .row_quantile import row_quantile as row_quantile
     from .scar_steer import scar_scores as scar_scores
     from .scar_steer import scar_steer as scar_steer
     from .sparse_coder import sae_encode_topk as sae_encode_topk
@@ -37,6 +38,7 @@ _OPERATORS = {
     "fused_linear_bce": "fused_linear_bce",
     "hash_embedding_bag": "hash_embedding_bag",
     "mix32_rows": "mix32_rows",
+    "row_quantile": "row_quantile",
     "scar_scores": "scar_steer",
     "scar_steer": "scar_steer",
     "sae_encode_topk": "sparse_coder",

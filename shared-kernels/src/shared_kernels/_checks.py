@@ -48,3 +48,15 @@ def check_vector(name: str, tensor: Tensor, length: int, of: str, dtypes: tuple[
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{name} must be {wanted}, got {tensor.dtype}.")
+
+
+def check_no_gradient(op: str, **tensors: Tensor | None) -> None:
+    """No given tensor asks for a gradient; `op` has none."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} must not require a gradient, got requires_grad=True: {op} has no backward pass. Call it under "
+                f"torch.no_grad(), or pass {name}.detach()."
+            )
