@@ -47,6 +47,7 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
         self.scar_latent_bias = nn.ParameterDict()  # [n]
         self.configs: dict[str, ScarConfig] = {}
         self.folded: dict[str, tuple[Any, ConceptRows]] = {}
+        self._disable_adapters = False  # peft's class attribute; torch.compile looks where an attribute lies
         self.attach(target, owner)
 
     def add_adapter(self, name: str, config: ScarConfig, inference_mode: bool) -> None:
@@ -84,9 +85,10 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
     def concept_rows(self, adapter: str) -> ConceptRows:
         """The concepts' weights, folded once for each change of the weights."""
         weights = self.weights(adapter)
-        with_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in weights)
-        if with_gradients or torch.compiler.is_compiling():
-            self.folded.pop(adapter, None)  # what trains is written to in ways that leave no trace
+        if torch.compiler.is_compiling():
+            return self._fold(adapter)
+        if torch.is_grad_enabled() and any(each.requires_grad for each in weights):
+            self.folded.pop(adapter, None)  # what trains may be written to in ways that leave no trace
             return self._fold(adapter)
         # Values written in place raise `_version`; loading and moving put other tensors in place.
         key = tuple((id(each), None if each.is_inference() else each._version, each.data_ptr()) for each in weights)

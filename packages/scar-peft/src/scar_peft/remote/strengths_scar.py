@@ -63,7 +63,7 @@ class Plan:
     @property
     def is_neutral(self) -> bool:
         """Whether activations stay as they are."""
-        return self.mode == "residual" and not self.groups
+        return self.mode == "residual" and len(self.groups) == 0  # torch.compile cannot negate a tuple
 
 
 def check_request(
