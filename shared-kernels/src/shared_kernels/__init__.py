@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .csr_gather_sum import csr_gather_sum as csr_gather_sum
     from .decode_scores import decode_scores as decode_scores
     from .decode_scores import decode_topk as decode_topk
+    from .edit_step import edit_magnitude as edit_magnitude
+    from .edit_step import edit_step as edit_step
     from .fused_linear_bce import fused_linear_bce as fused_linear_bce
     from .hash_embedding_bag import hash_embedding_bag as hash_embedding_bag
     from .mix32_rows import mix32_rows as mix32_rows
@@ -35,6 +37,8 @@ _OPERATORS = {
     "csr_gather_sum": "csr_gather_sum",
     "decode_scores": "decode_scores",
     "decode_topk": "decode_scores",
+    "edit_magnitude": "edit_step",
+    "edit_step": "edit_step",
     "fused_linear_bce": "fused_linear_bce",
     "hash_embedding_bag": "hash_embedding_bag",
     "mix32_rows": "mix32_rows",
