@@ -95,7 +95,7 @@ def sd_components(*, dtype: torch.dtype = torch.float32, **unet_fields: Any) -> 
         "text_encoder": draw_weights(CLIPTextModel(text_config())).to(dtype),
         "tokenizer": tokenizer(),
         "unet": unet(**unet_fields).to(dtype),
-        "scheduler": scheduler(),
+        "scheduler": scheduler(steps_offset=1),
         "safety_checker": None,
         "feature_extractor": None,
     }

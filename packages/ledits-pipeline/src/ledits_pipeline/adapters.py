@@ -171,6 +171,12 @@ class FamilyAdapter:
         return getattr(self.pipe, self.denoiser_name)
 
     @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along a side."""
+        vae = self.pipe.vae
+        return 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+
+    @property
     def state_dtype(self) -> torch.dtype:
         """States, guidance, masks and residuals: float32 or wider."""
         return torch.promote_types(self.denoiser.dtype, torch.float32)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -107,6 +108,19 @@ class LEditsInversion:
 
     def __len__(self) -> int:
         return self.init_latents.shape[0]
+
+    def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write it into a folder; see `save_inversion`."""
+        from .storage import save_inversion
+
+        save_inversion(self, directory, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "LEditsInversion":
+        """Read what `save_pretrained` wrote."""
+        from .storage import load_inversion
+
+        return load_inversion(directory)
 
 
 def noisy_path(clean: Tensor, schedule: Schedule, generator: Any = None) -> Tensor:

@@ -28,6 +28,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from .adapter_sd import StableDiffusionAdapter as StableDiffusionAdapter  # registers itself, as the next ones do
+from .adapter_sdxl import StableDiffusionXLAdapter as StableDiffusionXLAdapter
 from .adapters import FamilyAdapter, choose_adapter
 from .calls import EditCall, InvertCall
 from .inversion import LEditsInversion, Mode
@@ -50,6 +52,9 @@ class LEditsPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->transformer->vae"
     _exclude_from_cpu_offload = ["safety_checker"]
+    # what the class of a family does not have reads as None
+    unet = transformer = controlnet = image_encoder = safety_checker = feature_extractor = None
+    text_encoder = text_encoder_2 = text_encoder_3 = tokenizer = tokenizer_2 = tokenizer_3 = None
     _optional_components = [
         "text_encoder",
         "tokenizer",
@@ -86,7 +91,7 @@ class LEditsPipeline(DiffusionPipeline):
         add_watermarker: bool | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(
+        self._assemble(
             vae=vae,
             scheduler=scheduler,
             text_encoder=text_encoder,
@@ -107,8 +112,12 @@ class LEditsPipeline(DiffusionPipeline):
             force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
             add_watermarker=add_watermarker,
         )
+
+    def _assemble(self, **components: Any) -> None:
+        """Register the components, recognize their family, and start without an inversion."""
+        self.register_modules(**components)
         self.adapter: FamilyAdapter = choose_adapter(self)(self)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = self.adapter.vae_scale_factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.inversion: LEditsInversion | None = None
         self.sem_guidance: Tensor | None = None
@@ -136,7 +145,8 @@ class LEditsPipeline(DiffusionPipeline):
         own |= {name: value for name, value in pipeline.config.items() if name in known and name not in own}
         own["scheduler"] = copy.deepcopy(own.get("scheduler"))
         made = cls(**(own | kwargs))
-        made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if (origin := pipeline.config.get("_name_or_path")) is not None:
+            made.register_to_config(_name_or_path=origin)
         return made.to(dtype=dtype) if dtype is not None else made
 
     def __getattr__(self, name: str) -> Any:

@@ -60,6 +60,13 @@ def check_solver(solver: str, eta: float) -> None:
 
 def _steps(alphas: Sequence[float], sigmas: Sequence[float]) -> list[tuple[tuple[float, float], tuple[float, float]]]:
     points = list(zip(alphas, sigmas, strict=True))
+    for before, (alpha, sigma) in itertools.pairwise([(0.0, 1.0), *points]):
+        less_noise = alpha * before[1] > before[0] * sigma or (alpha, before[0]) == (0.0, 0.0)
+        if not (alpha >= 0.0 and sigma >= 0.0 and before[1] > 0.0 and less_noise):
+            raise ValueError(
+                f"alphas and sigmas must lead from noise to picture, alpha / sigma rising, got ({alpha:g}, {sigma:g}) "
+                f"after ({before[0]:g}, {before[1]:g})."
+            )
     return list(itertools.pairwise(points))
 
 
