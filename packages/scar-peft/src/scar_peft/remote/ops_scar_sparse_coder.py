@@ -328,13 +328,13 @@ def _row_products(indices: Tensor, grad: Tensor, rows: Tensor) -> Tensor:
 
 def _bag(indices: Tensor, starts: Tensor, values: Tensor, table: Tensor) -> Tensor:
     """Weighted sums of the table rows that each bag lists, a slice of columns at a time if entries are used often."""
-    d = table.shape[1]
     is_sliced = indices.shape[0] >= 8 * table.shape[0] and not torch.compiler.is_compiling()
-    width = _SLICE_COLUMNS if is_sliced else d
-    out = table.new_empty(starts.shape[0], d)
+    if not is_sliced and table.stride(1) == 1:
+        return F.embedding_bag(indices, table, starts, mode="sum", per_sample_weights=values)
+    width = _SLICE_COLUMNS if is_sliced else table.shape[1]
+    out = table.new_empty(starts.shape[0], table.shape[1])
     for total, part in zip(out.split(width, 1), table.split(width, 1), strict=True):
-        if part.stride(1) != 1:
-            part = part.contiguous()
+        part = part if part.stride(1) == 1 else part.contiguous()
         total.copy_(F.embedding_bag(indices, part, starts, mode="sum", per_sample_weights=values))
     return out
 
