@@ -72,3 +72,6 @@ bench: venv  ## benchmarks on this machine
 miniatures: venv  ## retrain the small models
 	$(BIN)/python -m miniatures.captioner.train --out miniatures/captioner/checkpoint
 	$(BIN)/python -m miniatures.tfree.train --steps 3000 --sampled-words 4096 --out miniatures/tfree/checkpoint
+	$(BIN)/python -m miniatures.scar.train
+	$(BIN)/python -m miniatures.scar.evaluate
+	$(BIN)/python -m miniatures.scar.report

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from examples.atman import atman_section
 from examples.page import write_page
+from examples.scar import scar_section
 from examples.tfree import tfree_section
 
-SECTIONS = (tfree_section, atman_section)
+SECTIONS = (tfree_section, atman_section, scar_section)
 
 
 def main() -> None:
