@@ -355,6 +355,22 @@ def test_new_strengths_compile_nothing(impl):
     assert len(graphs) == 1
 
 
+def test_a_compiled_graph_serves_any_number_of_rows(monkeypatch):
+    monkeypatch.setattr(eager, "_CHUNK_ELEMENTS", 100)  # three rows
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    _, encoder, bias, decoder, strength = case(S=1)
+    compiled = torch.compile(partial(scar_steer, rule="add_gated"), fullgraph=True, backend=backend)
+    for rows in (2, 3, 7, 50):
+        arguments = (torch.randn(rows, 33), encoder, encoder.sum(1), bias, decoder, strength)
+        torch.testing.assert_close(compiled(*arguments), scar_steer(*arguments, rule="add_gated"), **INTERPRETED)
+    assert len(graphs) == 2  # one for two rows, one for any number
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -155,7 +155,7 @@ def _is_autocast(x: Tensor) -> bool:
 
 def _chunks(rows: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Consecutive rows; all of them at once under a compiler, which fuses the passes, and where gradients are due."""
-    if rows.numel() <= _CHUNK_ELEMENTS or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or rows.numel() <= _CHUNK_ELEMENTS:
         return (rows,)
     if torch.is_grad_enabled() and any(each.requires_grad for each in (rows, *others)):
         return (rows,)
