@@ -151,6 +151,7 @@ class ScarConfig(PeftConfig):
             raise ValueError(f"default_steering must name concepts of the adapter, {self.concepts}, got {unknown}.")
 
     def _check_numbers(self) -> None:
+        assert isinstance(self.layers, list)
         if not self.layers or not all(isinstance(i, int) and not isinstance(i, bool) for i in self.layers):
             raise ValueError(f"layers must hold at least one block index, got {self.layers!r}.")
         if not (isinstance(self.norm_eps, (int, float)) and math.isfinite(self.norm_eps) and self.norm_eps >= 0):

@@ -62,8 +62,8 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
         for values, tensor in zip(self._dictionaries(), empty, strict=True):
             values[name] = nn.Parameter(tensor)
         init_coder_(self.weights(name))
-        self._move_adapter_to_device_of_base_layer(name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self._move_adapter_to_device_of_base_layer(name)  # type: ignore[operator]
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)  # type: ignore[operator]
         self.forget(name)
         start_steering(self, name, config.default_steering or {})
 
@@ -119,7 +119,8 @@ class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
 
     def adapters_in_use(self) -> list[str]:
         """The active ones of them; none while adapters are disabled."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
+        active: list[str] = self.active_adapters  # type: ignore[assignment]
+        return [] if self.disable_adapters else [name for name in active if name in self.configs]
 
     def own_gate(self, adapter: str) -> Gate:
         """What decides in the coder itself whether a concept is on."""

@@ -15,7 +15,9 @@ REQUEST = ("steering", "rule", "mode", "positions")
 """Keyword arguments that say how to steer."""
 
 
-def steered_forward(layers: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def steered_forward(
+    layers: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Call `forward`, steered and scored as `steering=` and `return_concept_scores=` in `kwargs` say.
 
     Scores are the output's `concept_scores`, a `ConceptScores`.
@@ -25,7 +27,9 @@ def steered_forward(layers: nn.Module, forward: Callable[..., Any], args: tuple[
         output = forward(*args, **kwargs)
     if record is not None:
         if not isinstance(output, Mapping):
-            raise ValueError("return_concept_scores=True needs return_dict=True, so that the output has a place for them.")
+            raise ValueError(
+                "return_concept_scores=True needs return_dict=True, so that the output has a place for them."
+            )
         output["concept_scores"] = record.scores  # type: ignore[index]
     return output
 
@@ -35,8 +39,8 @@ def steered_generate(
 ) -> Any:
     """Call `generate`, steered and scored as `steering=` and `return_concept_scores=` in `kwargs` say.
 
-    With scores it returns the dictionary of `return_dict_in_generate=True`, whose `concept_scores` [B, prompt + new] belong
-    to its `sequences`. The last token of a sequence is never read by the model, so it has none.
+    With scores it returns the dictionary of `return_dict_in_generate=True`, whose `concept_scores` [B, prompt + new]
+    belong to its `sequences`. The last token of a sequence is never read by the model, so it has none.
     """
     prompt = _prompt(layers, args, kwargs)
     length = 1 if prompt is None else prompt.shape[1]

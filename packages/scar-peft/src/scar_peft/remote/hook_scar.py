@@ -1,10 +1,11 @@
-"""The forward hook that reads and steers a module's output. It replaces no module: names and classes stay as they are."""
+"""The forward hook that reads and steers a module's output. No module is replaced: names and classes stay the same."""
 
 import inspect
 import threading
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -46,10 +47,12 @@ class _Override(NamedTuple):
     plans: Plans
 
 
-OVERRIDES: ContextVar[Mapping["SteeringHook", _Override]] = ContextVar("scar_overrides", default={})
+OVERRIDES: ContextVar[Mapping["SteeringHook", _Override]] = ContextVar("scar_overrides", default=MappingProxyType({}))
 """Temporary steering, by layer. A context variable, so that threads and tasks do not see each other's."""
 
-RECORDERS: ContextVar[Mapping["SteeringHook", tuple[Recorder, ...]]] = ContextVar("scar_recorders", default={})
+RECORDERS: ContextVar[Mapping["SteeringHook", tuple[Recorder, ...]]] = ContextVar(
+    "scar_recorders", default=MappingProxyType({})
+)
 """Who wants the scores, by layer."""
 
 PROMPT: ContextVar[int | None] = ContextVar("scar_prompt", default=None)
@@ -284,4 +287,3 @@ def _record(layer: SteeringHook, recorders: tuple[Recorder, ...], place: Pass, h
 def _copied(plan: Plan) -> Plan:
     with torch.inference_mode(False):  # so that it can be written to in any mode
         return Plan(plan.mode, tuple(replace(group, values=group.values.clone()) for group in plan.groups))
-

@@ -1,4 +1,4 @@
-"""What an adapter's configuration says about steering: the names of rules, modes and gates, and one layer's settings."""
+"""What an adapter's configuration says about steering: names of rules, modes and gates, and one layer's settings."""
 
 import math
 from dataclasses import dataclass

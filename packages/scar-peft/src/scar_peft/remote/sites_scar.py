@@ -73,7 +73,7 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not fitting:
         raise ValueError(f"model must hold a list of transformer blocks, and none was found in {type(model).__name__}.")
     found = max((module for _, module in fitting), key=len)
-    return next(name for name, module in model.named_modules() if module is found), found  # type: ignore[return-value]
+    return next(name for name, module in model.named_modules() if module is found), found
 
 
 def owner_of(model: nn.Module, name: str) -> nn.Module:
@@ -93,7 +93,9 @@ def _positive(index: int, count: int) -> int:
     if isinstance(index, bool) or not isinstance(index, int):
         raise ValueError(f"layers must be integers, got {index!r}.")
     if not -count <= index < count:
-        raise ValueError(f"layers must lie in [-{count}, {count - 1}], because the model has {count} blocks, got {index}.")
+        raise ValueError(
+            f"layers must lie in [-{count}, {count - 1}], because the model has {count} blocks, got {index}."
+        )
     return index % count
 
 
@@ -127,7 +129,7 @@ def _language_model(model: nn.Module) -> nn.Module:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 

@@ -19,7 +19,7 @@ def steering_layers(model: nn.Module) -> list[SteeringHook]:
     Raises:
         ValueError: there are none.
     """
-    found = [module for module in model.modules() if isinstance(module, SteeringHook)]
+    found: list[SteeringHook] = [module for module in model.modules() if isinstance(module, SteeringHook)]
     if not found:
         raise ValueError(
             f"model must hold SCAR layers, got a {type(model).__name__} without any. "
@@ -61,11 +61,15 @@ def set_steering(
     if isinstance(steering, str):
         if scale is not None:
             if strength is not None or rule not in (None, "scale"):
-                raise ValueError('scale must be given without a strength and with no rule but "scale": it stands for both.')
+                raise ValueError(
+                    'scale must be given without a strength and with no rule but "scale": it stands for both.'
+                )
             strength, rule = scale_to_strength(scale), "scale"
         request: Mapping[str, Strength] = {steering: strength}
     elif scale is not None or strength is not None:
-        raise ValueError("strength and scale need the name of one concept, as in set_steering(model, 'toxicity', -1.0).")
+        raise ValueError(
+            "strength and scale need the name of one concept, as in set_steering(model, 'toxicity', -1.0)."
+        )
     else:
         request = steering or {}
     change = _Change(request, rule, mode, positions, forgets=steering is None)
