@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from .adapters import CallContext, FamilyAdapter, FamilyDefaults, PromptRequest, PromptRows, register_adapter
 from .attention import CrossAttentionRecording, MassRecorder, recording
+from .image_conditions import control_pixels, image_conditions, image_embeddings
 from .schedules import editing_scheduler, gaussian_schedule
 from .solver import Schedule, SolverName
-from .text import clip_token_weights, encode_once, tokenize
+from .text import clip_token_weights, encode_once, lora_scaled, tokenize
 from .vae import decode_latents, encode_pixels
 
 _CROSS_ATTENTION = re.compile(r"(down|up)_blocks\.(\d+)\..*attn2$")
@@ -43,18 +44,44 @@ class UNetAdapter(FamilyAdapter):
         return decode_latents(self.pipe.vae, latents)
 
     def denoise(self, latents: Tensor, timesteps: Tensor, prompts: PromptRows, context: CallContext) -> Tensor:
+        inputs = latents.to(self.denoiser.dtype)
+        added = self.added_conditions(prompts, context)
         return self.denoiser(
-            latents.to(self.denoiser.dtype),
+            inputs,
             timesteps,
             encoder_hidden_states=prompts.embeds,
             cross_attention_kwargs=context.attention_kwargs,
-            added_cond_kwargs=self.added_conditions(prompts, context),
+            added_cond_kwargs=added | image_conditions(prompts) or None,
             return_dict=False,
+            **self._controls(inputs, timesteps, prompts, added, context),
         )[0]
 
-    def added_conditions(self, prompts: PromptRows, context: CallContext) -> dict[str, Any] | None:
-        """The UNet's `added_cond_kwargs`."""
-        return None
+    def _controls(
+        self, inputs: Tensor, timesteps: Tensor, prompts: PromptRows, added: dict[str, Any], context: CallContext
+    ) -> dict[str, Any]:
+        if "control_image" not in prompts.extras:
+            return {}
+        down, middle = self.pipe.controlnet(
+            inputs,
+            timesteps,
+            encoder_hidden_states=prompts.embeds,
+            controlnet_cond=prompts.extras["control_image"],
+            conditioning_scale=context.control_scale,
+            added_cond_kwargs=added or None,
+            return_dict=False,
+        )
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    def added_conditions(self, prompts: PromptRows, context: CallContext) -> dict[str, Any]:
+        """The family's part of the UNet's `added_cond_kwargs`."""
+        return {}
+
+    def row_extras(self, size: tuple[int, int], batch: int, **inputs: Any) -> dict[str, Tensor]:
+        found = image_embeddings(self.pipe, inputs.pop("ip_adapter_image"), inputs.pop("ip_adapter_image_embeds"))
+        control = inputs.pop("control_image")
+        if control is not None:
+            found["control_image"] = control_pixels(self.pipe, control, size, batch)
+        return found | super().row_extras(size, batch, **inputs)
 
     @contextmanager
     def recording(self, latent_size: tuple[int, int]) -> Iterator[MassRecorder]:
@@ -121,7 +148,8 @@ class StableDiffusionAdapter(UNetAdapter):
         texts = self.converted(request.prompts or [""] * request.rows, pipe.tokenizer)
         tokens = tokenize(pipe.tokenizer, texts, warn=not request.is_negative)
         skip = None if request.is_negative else request.clip_skip
-        (embeds,) = encode_once(tokens, lambda row: (self._encode_row(row, skip),))
+        with lora_scaled([pipe.text_encoder], request.lora_scale):
+            (embeds,) = encode_once(tokens, lambda row: (self._encode_row(row, skip),))
         weights = clip_token_weights(request, tokens, len(texts), embeds.shape[1], device)
         return PromptRows(embeds.to(device, self.denoiser.dtype), {}, weights)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .adapter_sd import UNetAdapter
 from .adapters import CallContext, FamilyDefaults, PromptRequest, PromptRows, register_adapter
-from .text import clip_token_weights, encode_once, tokenize
+from .text import clip_token_weights, encode_once, lora_scaled, tokenize
 
 
 class StableDiffusionXLAdapter(UNetAdapter):
@@ -41,11 +41,12 @@ class StableDiffusionXLAdapter(UNetAdapter):
         others = list(request.prompts_2 or texts)
         skip = None if request.is_negative else request.clip_skip
         parts, pooled, tokens = [], None, None
-        for tokenizer, encoder, prompts in self._encoders(texts, others):
-            converted = self.pipe.maybe_convert_prompt(prompts, tokenizer)
-            tokens = tokenize(tokenizer, converted, warn=not request.is_negative)
-            hidden, pooled = self._encode(tokens, encoder, skip)
-            parts.append(hidden)
+        with lora_scaled([self.pipe.text_encoder, self.pipe.text_encoder_2], request.lora_scale):
+            for tokenizer, encoder, prompts in self._encoders(texts, others):
+                converted = self.pipe.maybe_convert_prompt(prompts, tokenizer)
+                tokens = tokenize(tokenizer, converted, warn=not request.is_negative)
+                hidden, pooled = self._encode(tokens, encoder, skip)
+                parts.append(hidden)
         embeds = torch.cat(parts, dim=-1).to(device, dtype)
         assert pooled is not None
         pooled = pooled.to(device, dtype)
@@ -86,6 +87,7 @@ class StableDiffusionXLAdapter(UNetAdapter):
         # diffusers' pipeline tells the model (width, height) where it was trained on (height, width)
         size = context.size[::-1] if context.as_diffusers else context.size
         ids = torch.tensor([[*size, *context.crops_coords_top_left, *size]])
+        prompts = super().with_context(prompts, context)
         return prompts.with_value("time_ids", ids.to(prompts.embeds).expand(len(prompts), -1))
 
     def added_conditions(self, prompts: PromptRows, context: CallContext) -> dict[str, Any]:

@@ -105,6 +105,8 @@ class PromptRequest:
     """Fill `PromptRows.token_weights`."""
     as_diffusers: bool = False
     """Count tokens as diffusers' pipeline does with the installed tokenizer."""
+    lora_scale: float | None = None
+    """Strength of LoRA weights in the text encoders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +122,22 @@ class CallContext:
     crops_coords_top_left: tuple[int, int] = (0, 0)
     """SDXL's micro-conditioning."""
 
-    image_embeds: Any = None
-    """IP-Adapter: what every row attends to beside its text."""
+    row_extras: dict[str, Tensor] = field(default_factory=dict)
+    """Further inputs per picture, `[1 or B, ...]` each: IP-Adapter embeddings, control images."""
 
-    control: Any = None
-    """ControlNet: the control image and its strength."""
+    control_scale: float = 1.0
+    """Strength of a ControlNet."""
 
     guidance: float | None = None
     """Embedded guidance value of guidance-distilled models."""
 
     as_diffusers: bool = False
     """Repeat diffusers' quirks that its results depend on."""
+
+    @property
+    def lora_scale(self) -> float | None:
+        """Strength of LoRA weights; None: as loaded."""
+        return (self.attention_kwargs or {}).get("scale")
 
 
 class FamilyAdapter:
@@ -198,8 +205,23 @@ class FamilyAdapter:
         raise NotImplementedError
 
     def with_context(self, prompts: PromptRows, context: CallContext) -> PromptRows:
-        """Add what depends on the picture rather than the prompt (sizes, ids) to the rows."""
+        """Add what depends on the picture rather than the prompt (sizes, ids, `row_extras`) to the rows."""
+        for name, value in context.row_extras.items():
+            times = len(prompts) // value.shape[0]
+            prompts = prompts.with_value(name, value.repeat(times, *[1] * (value.ndim - 1)))
         return prompts
+
+    def row_extras(self, size: tuple[int, int], batch: int, **inputs: Any) -> dict[str, Tensor]:
+        """What pictures given beside the edited ones become: see `CallContext.row_extras`.
+
+        Args:
+            size: (height, width) in pixels.
+            batch: B.
+            **inputs: `ip_adapter_image`, `ip_adapter_image_embeds`, `control_image`; None where not given.
+        """
+        if given := [name for name, value in inputs.items() if value is not None]:
+            raise ValueError(f"{given[0]} is not supported for the family {self.name!r}.")
+        return {}
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Pixels `[B, 3, H, W]` in [-1, 1] to scaled latents `[B, C, h, w]`."""

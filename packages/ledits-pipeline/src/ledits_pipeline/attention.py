@@ -84,6 +84,8 @@ class CrossAttentionRecording:
     def __init__(self, inner: Any, recorder: MassRecorder) -> None:
         self.inner = inner
         self.recorder = recorder
+        # attention layers pass on the keyword arguments they find by inspecting this attribute; calls go to the class
+        vars(self)["__call__"] = inner.__call__
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any

@@ -38,6 +38,10 @@ class InvertCall:
     clip_skip: int | None
     crops_coords_top_left: tuple[int, int]
     attention_kwargs: dict[str, Any] | None
+    guidance_scale: float | None
+    control_scale: float
+    images: dict[str, Any]
+    """`ip_adapter_image`, `ip_adapter_image_embeds`, `control_image`."""
     batch_size: int
 
     def run(self, image: Any, generator: Any, *, pad: bool, **preparation: Any) -> LEditsInversion:
@@ -51,10 +55,12 @@ class InvertCall:
         clean = adapter.encode_image(pixels).to(adapter.state_dtype)
         condition = self._condition(clean.shape[0])
         path = noisy_path(clean, schedule, generator)
+        extras = adapter.row_extras(size, clean.shape[0], **self.images)
+        context = call_context(condition, size, extras, self.attention_kwargs, self.mode)
         maps = path[1:]
         if self.mode != "paired":
             stepper = adapter.scheduler_stepper(scheduler, schedule) if self.mode == "diffusers" else None
-            maps = self._maps(path, schedule, stepper or AffineStepper(schedule), condition, size)
+            maps = self._maps(path, schedule, stepper or AffineStepper(schedule), condition, context)
         processor = self.pipe.image_processor
         return LEditsInversion(
             mode=self.mode,
@@ -66,6 +72,7 @@ class InvertCall:
             size=size,
             crop=crop,
             condition=condition,
+            row_extras=extras,
             model_hash=model_hash(adapter.denoiser),
             images=processor.postprocess(pixels, output_type="pil"),
             decode=lambda: processor.postprocess(_decode(adapter, clean), output_type="pil"),
@@ -94,18 +101,14 @@ class InvertCall:
             negative_prompt_2=spread_texts("negative_prompt_2", self.negative_prompt_2, batch),
             clip_skip=self.clip_skip,
             crops_coords_top_left=self.crops_coords_top_left,
+            control_scale=float(self.control_scale),
+            guidance_scale=self.guidance_scale,
         )
 
     def _maps(
-        self, path: Tensor, schedule: Schedule, stepper: Stepper, condition: SourceCondition, size: tuple[int, int]
+        self, path: Tensor, schedule: Schedule, stepper: Stepper, condition: SourceCondition, context: CallContext
     ) -> Tensor:
         adapter = self.pipe.adapter
-        context = CallContext(
-            size=size,
-            attention_kwargs=self.attention_kwargs,
-            crops_coords_top_left=condition.crops_coords_top_left,
-            as_diffusers=self.mode == "diffusers",
-        )
         batch = path.shape[1]
         prompts = PromptTable(*base_prompts(adapter, condition, context, batch), [])
         denoising = Denoising(adapter, prompts, context, schedule.timesteps.to(path.device))
@@ -136,6 +139,25 @@ class InvertCall:
         return predict
 
 
+def call_context(
+    condition: SourceCondition,
+    size: tuple[int, int],
+    extras: dict[str, Tensor],
+    attention_kwargs: dict[str, Any] | None,
+    mode: Mode,
+) -> CallContext:
+    """What the denoiser is told beside latents and prompts, at inversion and edit alike."""
+    return CallContext(
+        size=size,
+        attention_kwargs=attention_kwargs,
+        crops_coords_top_left=condition.crops_coords_top_left,
+        row_extras=extras,
+        control_scale=condition.control_scale,
+        guidance=condition.guidance_scale,
+        as_diffusers=mode == "diffusers",
+    )
+
+
 def base_prompts(
     adapter: Any, condition: SourceCondition, context: CallContext, batch: int, **negative: Any
 ) -> tuple[PromptRows, PromptRows | None]:
@@ -146,12 +168,15 @@ def base_prompts(
         clip_skip=condition.clip_skip,
         is_negative=True,
         rows=batch,
+        lora_scale=context.lora_scale,
         **negative,
     )
     unconditional = adapter.with_context(adapter.encode_prompts(request), context)
     if not condition.has_source:
         return unconditional, None
-    request = PromptRequest(prompts=condition.source_prompt, clip_skip=condition.clip_skip, rows=batch)
+    request = PromptRequest(
+        prompts=condition.source_prompt, clip_skip=condition.clip_skip, rows=batch, lora_scale=context.lora_scale
+    )
     return unconditional, adapter.with_context(adapter.encode_prompts(request), context)
 
 
@@ -178,6 +203,9 @@ class EditCall:
     attn_store_steps: tuple[int, ...]
     store_averaged_over_steps: bool
     attention_kwargs: dict[str, Any] | None
+    control_scale: float | None
+    images: dict[str, Any]
+    """`ip_adapter_image`, `ip_adapter_image_embeds`, `control_image`."""
     guidance_rescale: float
     crops_coords_top_left: tuple[int, int] | None
     denoising_end: float | None
@@ -244,12 +272,9 @@ class EditCall:
         self._check(adapter)
         batch = len(inversion)
         condition = self._condition(batch)
-        context = CallContext(
-            size=inversion.size,
-            attention_kwargs=self.attention_kwargs,
-            crops_coords_top_left=condition.crops_coords_top_left,
-            as_diffusers=inversion.mode == "diffusers",
-        )
+        extras = {k: v.to(self.pipe._execution_device) for k, v in inversion.row_extras.items()}
+        extras |= adapter.row_extras(inversion.size, batch, **self.images)
+        context = call_context(condition, inversion.size, extras, self.attention_kwargs, inversion.mode)
         negative = {"embeds": self.negative_embeds, "pooled": self.negative_pooled}
         unconditional, source = base_prompts(adapter, condition, context, batch, **negative)
         edits = self._edit_prompts(texts, count, any(rule.attention for rule in rules), context)
@@ -306,6 +331,8 @@ class EditCall:
                 changes[name] = spread_texts(name, getattr(self, name), batch)
         if self.crops_coords_top_left is not None:
             changes["crops_coords_top_left"] = self.crops_coords_top_left
+        if self.control_scale is not None:
+            changes["control_scale"] = float(self.control_scale)
         return replace(kept, **changes)
 
     def _edit_prompts(self, texts: list[str], count: int, wants_tokens: bool, context: CallContext) -> list[PromptRows]:
@@ -322,6 +349,7 @@ class EditCall:
             wants_tokens=wants_tokens,
             as_diffusers=context.as_diffusers,
             rows=count,
+            lora_scale=context.lora_scale,
         )
         rows = adapter.encode_prompts(request).repeat_interleave(batch)
         return adapter.with_context(rows, context).split(batch)

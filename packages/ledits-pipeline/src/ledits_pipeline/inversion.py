@@ -47,6 +47,12 @@ class SourceCondition:
     crops_coords_top_left: tuple[int, int] = (0, 0)
     """SDXL's micro-conditioning."""
 
+    control_scale: float = 1.0
+    """Strength of a ControlNet."""
+
+    guidance_scale: float | None = None
+    """The guidance value that guidance-distilled models take as an input; None: the family's default."""
+
     @property
     def has_source(self) -> bool:
         """Whether the source prompt takes part."""
@@ -89,6 +95,9 @@ class LEditsInversion:
 
     crop: tuple[int, int] | None = None
     """(height, width) to cut results back to, where the pictures were padded."""
+
+    row_extras: dict[str, Tensor] = field(default_factory=dict)
+    """Further inputs of the denoiser per picture, `[1 or B, ...]`: IP-Adapter embeddings, control images."""
 
     model_hash: str = ""
     """Fingerprint of the denoiser's configuration; editing with another model warns."""

@@ -193,6 +193,11 @@ class LEditsPipeline(DiffusionPipeline):
         eta: float = 1.0,
         inversion_batch_size: int = 1,
         pad: bool = False,
+        guidance_scale: float | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float = 1.0,
     ) -> LEditsInversion:
         """Turn pictures into the noise that gives them back, for any number of edits.
 
@@ -222,6 +227,11 @@ class LEditsPipeline(DiffusionPipeline):
             inversion_batch_size: timesteps per model call. Above 1 inversion is faster, but no longer exact: a replay
                 with other batch sizes drifts by what the model's kernels differ between them (1e-3 in small models).
             pad: reflect pictures of illegal size to the next legal one and cut results back.
+            guidance_scale: the guidance that guidance-distilled models (Flux dev) take as an input; editing keeps it.
+            ip_adapter_image: what loaded IP-Adapters look at, one per adapter; editing keeps it.
+            ip_adapter_image_embeds: `[1 or B, n, ...]` per adapter instead.
+            control_image: what a ControlNet looks at, one for all pictures or one each; editing keeps it.
+            controlnet_conditioning_scale: its strength.
 
         Returns:
             The inversion, also kept as `pipe.inversion`.
@@ -244,6 +254,13 @@ class LEditsPipeline(DiffusionPipeline):
             clip_skip=clip_skip,
             crops_coords_top_left=crops_coords_top_left,
             attention_kwargs=cross_attention_kwargs,
+            guidance_scale=guidance_scale,
+            control_scale=controlnet_conditioning_scale,
+            images={
+                "ip_adapter_image": ip_adapter_image,
+                "ip_adapter_image_embeds": ip_adapter_image_embeds,
+                "control_image": control_image,
+            },
             batch_size=inversion_batch_size,
         )
         preparation = {"height": height, "width": width, "resize_mode": resize_mode, "crops_coords": crops_coords}
@@ -284,8 +301,12 @@ class LEditsPipeline(DiffusionPipeline):
         editing_token_spans: Sequence[Sequence[int]] | None = None,
         denoising_end: float | None = None,
         crops_coords_top_left: tuple[int, int] | None = None,
+        ip_adapter_image: Any = None,
         *,
         inversion: LEditsInversion | None = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float | None = None,
     ) -> LEditsOutput | tuple[Any, Any]:
         """Edit the inverted pictures; without an editing prompt, reconstruct them.
 
@@ -324,6 +345,10 @@ class LEditsPipeline(DiffusionPipeline):
             editing_token_spans: text columns that M1 looks at, per edit; needed for exact masks with embeddings.
             denoising_end: share of the training timesteps after which to stop, leaving noise.
             crops_coords_top_left: SDXL's micro-conditioning; None: as at inversion.
+            ip_adapter_image: None: as at inversion, like the next three.
+            ip_adapter_image_embeds: see `invert`.
+            control_image: see `invert`.
+            controlnet_conditioning_scale: see `invert`.
             inversion: which inversion to edit; None: the last one of this pipeline.
 
         Returns:
@@ -360,6 +385,12 @@ class LEditsPipeline(DiffusionPipeline):
             attn_store_steps=tuple(attn_store_steps or ()),
             store_averaged_over_steps=store_averaged_over_steps,
             attention_kwargs=cross_attention_kwargs,
+            control_scale=controlnet_conditioning_scale,
+            images={
+                "ip_adapter_image": ip_adapter_image,
+                "ip_adapter_image_embeds": ip_adapter_image_embeds,
+                "control_image": control_image,
+            },
             guidance_rescale=guidance_rescale,
             crops_coords_top_left=crops_coords_top_left,
             denoising_end=denoising_end,

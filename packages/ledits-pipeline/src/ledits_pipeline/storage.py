@@ -15,6 +15,7 @@ from .solver import PREDICTIONS, SOLVERS, Schedule
 
 TENSOR_FILE = "inversion.safetensors"
 JSON_FILE = "inversion.json"
+EXTRA = "extra."
 FORMAT_VERSION = 1
 MAX_STEPS = 10_000
 MAX_SIDE = 65_536
@@ -33,6 +34,7 @@ def save_inversion(inversion: LEditsInversion, directory: str | Path, *, dtype: 
     folder.mkdir(parents=True, exist_ok=True)
     maps = inversion.maps if dtype is None else inversion.maps.to(dtype)
     tensors = {"init_latents": inversion.init_latents, "maps": maps}
+    tensors |= {EXTRA + name: value for name, value in inversion.row_extras.items()}
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / TENSOR_FILE)
     schedule = inversion.schedule
     values = {
@@ -69,6 +71,7 @@ def load_inversion(directory: str | Path) -> LEditsInversion:
     _check_keys("inversion.json", values, _FIELDS)
     schedule = _schedule(values)
     tensors = load_file(folder / TENSOR_FILE)
+    extras = {name.removeprefix(EXTRA): tensors.pop(name) for name in sorted(tensors) if name.startswith(EXTRA)}
     if set(tensors) != {"init_latents", "maps"}:
         raise ValueError(f'{TENSOR_FILE} must hold "init_latents" and "maps", got {sorted(tensors)}.')
     first, maps = tensors["init_latents"], tensors["maps"]
@@ -87,6 +90,7 @@ def load_inversion(directory: str | Path) -> LEditsInversion:
         skip=values["skip"],
         crop=None if values["crop"] is None else _pair(values["crop"]),
         condition=_condition(values["condition"], first.shape[0]),
+        row_extras=extras,
         model_hash=values["model_hash"],
     )
 
@@ -194,5 +198,7 @@ _CONDITION_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "negative_prompt": ("null or a list of texts", lambda v: v is None or _are_texts(v)),
     "negative_prompt_2": ("null or a list of texts", lambda v: v is None or _are_texts(v)),
     "clip_skip": ("null or a whole number", lambda v: v is None or (type(v) is int and 0 <= v < 1000)),
+    "control_scale": ("a number", _is_number),
+    "guidance_scale": ("null or a number", lambda v: v is None or _is_number(v)),
     "crops_coords_top_left": ("two whole numbers", _is_offset),
 }

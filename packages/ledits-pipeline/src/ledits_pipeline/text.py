@@ -1,10 +1,11 @@
 """Texts to token ids, each distinct text encoded once and alone, and the text columns that an edit's mask looks at."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.utils import logging
+from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
 from .adapters import PromptRequest
@@ -41,6 +42,19 @@ def encode_once(rows: Sequence[Any], encode: Callable[[Any], tuple[Tensor, ...]]
         if key not in known:
             known[key] = encode(row)
     return tuple(torch.cat(parts) for parts in zip(*(known[key] for key in keys), strict=True))
+
+
+@contextmanager
+def lora_scaled(encoders: Sequence[Any], scale: float | None) -> Iterator[None]:
+    """For the block, LoRA weights of the text encoders count `scale`; None changes nothing."""
+    present = [encoder for encoder in encoders if encoder is not None and scale is not None]
+    for encoder in present:
+        scale_lora_layers(encoder, scale)
+    try:
+        yield
+    finally:
+        for encoder in present:
+            unscale_lora_layers(encoder, scale)
 
 
 def clip_token_weights(
