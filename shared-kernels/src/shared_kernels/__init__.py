@@ -13,6 +13,7 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from .atman_attention import atman_attention as atman_attention
     from .atman_attention import atman_suffix_attention as atman_suffix_attention
+    from .attn_column_mass import attn_column_mass as attn_column_mass
     from .csr_gather_sum import csr_gather_sum as csr_gather_sum
     from .decode_scores import decode_scores as decode_scores
     from .decode_scores import decode_topk as decode_topk
@@ -34,6 +35,7 @@ API = 1
 _OPERATORS = {
     "atman_attention": "atman_attention",
     "atman_suffix_attention": "atman_attention",
+    "attn_column_mass": "attn_column_mass",
     "csr_gather_sum": "csr_gather_sum",
     "decode_scores": "decode_scores",
     "decode_topk": "decode_scores",

@@ -123,12 +123,10 @@ def edit_step_fwd_kernel(
     guided = o
     for e in range(E):
         own = tl.cast(e, tl.int64) * B + b
+        mask = live
         if active_ptr is not None:
-            acting = inside & (tl.load(active_ptr + e) != 0)
-            mask = live & (tl.load(active_ptr + e) != 0)
-        else:
-            acting = inside
-            mask = live
+            mask = mask & (tl.load(active_ptr + e + 0 * p) != 0)
+        acting = (c < C)[:, None] & mask[None, :]
         if magnitude_ptr is not None:
             magnitude = tl.load(magnitude_ptr + own * pixels + p, mask=live, other=0.0)
             mask = mask & (magnitude >= tl.load(magnitude_threshold_ptr + own))

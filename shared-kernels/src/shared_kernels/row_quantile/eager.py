@@ -4,7 +4,6 @@ Self-contained on purpose: this file is copied verbatim next to models on the Hu
 """
 
 import math
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -23,14 +22,11 @@ def row_quantile_eager(S: Tensor, q: Tensor | float) -> Tensor:
     if torch.compiler.is_compiling() or (isinstance(q, Tensor) and q.device.type != "cpu"):
         return _by_sorting(S, q)  # here numbers cannot be read
     ranks = _ranks(S, q).tolist()
-    if len(ranks) == 1:
-        return _between(S, ranks[0])
-    parts, start = [], 0
-    for rank, run in groupby(ranks):
-        stop = start + len(list(run))
-        parts.append(_between(S[start:stop], rank))
-        start = stop
-    return torch.cat(parts) if parts else S.new_empty(0)
+    bounds = [i for i in range(1, len(ranks)) if ranks[i] != ranks[i - 1]]
+    if not bounds:
+        return _between(S, ranks[0]) if ranks else S.new_empty(0)
+    parts = zip(S.tensor_split(bounds), [0, *bounds], strict=True)  # rows of one rank at a time
+    return torch.cat([_between(rows, ranks[start]) for rows, start in parts])
 
 
 def _ranks(S: Tensor, q: Tensor | float) -> Tensor:
