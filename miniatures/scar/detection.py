@@ -57,11 +57,13 @@ def read_activations(model: Any, tokenizer: Any, texts: Sequence[LabelledText], 
 
 
 @torch.no_grad()
-def encode_rows(weights: CoderWeights, config: ScarConfig, rows: ActivationRows) -> Coded:
-    """All latents of all rows."""
+def encode_rows(weights: CoderWeights, config: ScarConfig, rows: ActivationRows, *, selected: bool = True) -> Coded:
+    """All latents of all rows; with `selected=False` the pre-activations, before the selection."""
     (acts,) = rows.acts.values()
     form = {"k": config.k, "activation": config.activation, "always": config.always_kept}
-    parts = [latents_of(pre_activations(x, weights, eps=config.norm_eps), **form) for x in acts.float().split(4096)]
+    parts = [pre_activations(x, weights, eps=config.norm_eps) for x in acts.float().split(4096)]
+    if selected:
+        parts = [latents_of(part, **form) for part in parts]
     return Coded(torch.cat(parts), rows.labels == 1, rows.seq_id)
 
 
@@ -97,17 +99,20 @@ def rivals(weights: CoderWeights, config: ScarConfig, train: ActivationRows, tes
     """
     known, seen = encode_rows(weights, config, train), encode_rows(weights, config, test)
     words, texts = latent_auroc(seen), latent_auroc(seen.pooled())
+    raw_words = latent_auroc(encode_rows(weights, config, test, selected=False))
     few, many = known.sample(TREE_WORDS), seen.sample(TREE_WORDS)
     found = {}
     for c, concept in enumerate(config.concepts):
         own = [c, *range(len(config.concepts), len(weights.encoder))]
-        by_word, by_text = (
-            torch.maximum(each[c], 1 - each[c])[own].sort(descending=True).values for each in (words, texts)
+        by_word, by_text, by_raw_word = (
+            torch.maximum(each[c], 1 - each[c])[own].sort(descending=True).values for each in (words, texts, raw_words)
         )
         tree = fms(few.latents[:, own], few.labels[:, c], many.latents[:, own], many.labels[:, c], max_depth=TREE_DEPTH)
         found[concept] = {
             "best_latent": float(by_word[0]),
             "second_best": float(by_word[1]),
+            "best_latent_pre": float(by_raw_word[0]),
+            "second_best_pre": float(by_raw_word[1]),
             "best_latent_sequences": float(by_text[0]),
             "second_best_sequences": float(by_text[1]),
             "stump_accuracy": tree.accs_0,

@@ -24,7 +24,7 @@ from miniatures.scar.data import CONCEPTS, GROUPS, LabelledText, Material, as_ro
 from miniatures.scar.detection import best_latents, detection, encode_rows, read_activations, with_first_latents
 from miniatures.scar.figure import draw_scores
 from miniatures.scar.judge import Judge
-from miniatures.scar.steered import ON, Point, measure_base, measure_curve, plans, steady_prompts
+from miniatures.scar.steered import ON, Point, measure_base, measure_crossed, measure_curve, plans, steady_prompts
 from miniatures.scar.train import SEEDS, SIZES, run_folder
 from miniatures.scar.writing import Writer
 from miniatures.tfree.training import keep_freed_memory
@@ -52,6 +52,7 @@ class Bench:
         writer = Writer(model, tokenizer)
         self.prompts = {group: steady_prompts(writer, self.judge, split.held_out, group, prompts) for group in GROUPS}
         self.base = measure_base(writer, self.judge, self.prompts)
+        self.crossed = measure_crossed(writer, self.prompts)
         parts = (self.material.train, self.material.test)
         extended = with_words_of(model, tokenizer, self.words())
         self.train, self.test = (read_activations(model, extended, part, layer) for part in parts)
@@ -83,12 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
         "words": {"train": len(bench.train.seq_id), "test": len(bench.test.seq_id)},
         "judge": bench.judge_accuracy(),
         "base": bench.base,
+        "crossed": bench.crossed,
         "runs": [],
     }
-    print(json.dumps({name: results[name] for name in ("words", "judge", "base")}), flush=True)
+    print(json.dumps({name: results[name] for name in ("words", "judge", "base", "crossed")}), flush=True)
     for seed in options.seeds:
         for conditioned in (True, False):
-            modes = ("residual", "reconstruct") if conditioned and seed == options.seeds[0] else ("residual",)
+            modes = ("residual", "reconstruct") if conditioned and seed == SEEDS[0] else ("residual",)
             measured = measure_run(bench, run_folder(seed, conditioned=conditioned), conditioned, modes)
             results["runs"].append({"seed": seed, "conditioned": conditioned, **measured})
             (options.out / "results.json").write_text(json.dumps(_rounded(results), indent=1) + "\n", encoding="utf-8")
@@ -155,7 +157,7 @@ def commit(bench: Bench, measured: dict[str, Any], folder: Path, out: Path) -> N
     adapted.save_pretrained(out, save_embedding_layers=False)
     card = str(model_card(config, trust_remote_code=True))
     (out / "README.md").write_text(card.replace('base, "."', f'base, "{COMMITTED}"'), encoding="utf-8")
-    draw_scored_text(adapted, tokenizer, bench.material.test, out.parent / "scores.png")
+    draw_scored_text(adapted, extended, bench.material.test, out.parent / "scores.png")
 
 
 def draw_scored_text(adapted: Any, tokenizer: Any, texts: Sequence[LabelledText], path: Path) -> None:
@@ -181,7 +183,7 @@ def card_metrics(bench: Bench, measured: dict[str, Any]) -> dict[str, Any]:
     for curve in measured["curves"]:
         if curve["rule"] != "add_gated" or curve["mode"] != "residual":
             continue
-        neutral: Point = {"strength": 0.0, **bench.base[curve["group"]]}
+        neutral: Point = {**bench.base[curve["group"]], "strength": 0.0}
         neutral["share"] = neutral["shares"][ON[curve["concept"]]]
         prompts = "with the concept" if curve["group"] == ON[curve["concept"]] else "without the concept"
         rows += [
@@ -204,8 +206,7 @@ def card_metrics(bench: Bench, measured: dict[str, Any]) -> dict[str, Any]:
             for concept, values in found["concepts"].items()
         },
         "steering": rows,
-        "data": "held-out pages of the King James Bible and of English and German manuals; continuations were told "
-        "apart by an independent classifier, their perplexity is that under the unsteered model",
+        "data": "held-out pages of the King James Bible and of manuals",
     }
 
 

@@ -35,6 +35,9 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
                     _draw(shares, perplexities, strengths, points, color, NAMES[conditioned])
             shares.set_ylim(-0.04, 1.04)
             perplexities.set_yscale("log")
+            perplexities.set_ylim(9, 1500)
+            if rule == "scale":
+                shares.set_xscale("symlog", linthresh=10)
             shares.grid(alpha=0.3)
             perplexities.grid(alpha=0.3)
             if c == 0:

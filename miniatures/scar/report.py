@@ -17,14 +17,19 @@ HERE = Path(__file__).parent
 START, END = "<!-- results -->", "<!-- /results -->"
 MEASURES = {
     "token_auroc": "word AUROC of the concept's latent",
+    "token_auroc_pre": "... of its pre-activation",
     "sequence_auroc": "sequence AUROC of the concept's latent",
-    "best_latent": "best latent, word AUROC",
+    "best_latent": "best of all latents, word AUROC",
     "second_best": "second-best latent, word AUROC",
+    "best_latent_pre": "best of all pre-activations, word AUROC",
+    "second_best_pre": "second-best pre-activation, word AUROC",
     "second_best_sequences": "second-best latent, sequence AUROC",
     "stump_accuracy": "accuracy of the best latent alone, words",
     "stump_accuracy_without_best": "the same, that latent removed",
     "fms_tokens": "FMS@1, words",
     "fms": "FMS@1, sequences",
+    "token_f1": "F1 of the concept's latent, words",
+    "sequence_f1": "F1 of the concept's latent, sequences",
 }
 CODER = {
     "nmse": "nmse",
@@ -33,12 +38,15 @@ CODER = {
     "dead_fraction": "share of dead latents",
     "ce_recovered": "cross-entropy recovered",
 }
+MOST = 9999
+"""Larger perplexities are not told apart."""
 KINDS = {True: "conditioned", False: "unconditioned"}
 
 
 def tables(results: dict[str, Any]) -> str:
     """All tables in Markdown."""
-    parts = [_detection_table(results), _coder_table(results), _base_table(results), _bars_table(results)]
+    parts = [_detection_table(results), _coder_table(results), _base_table(results)]
+    parts += [_crossed_table(results), _bars_table(results)]
     for title, rules in (("towards", TOWARDS), ("away", AWAY)):
         parts += [_curve_table(results, rule, title) for rule in rules]
     return "\n\n".join(parts)
@@ -96,6 +104,15 @@ def _base_table(results: dict[str, Any]) -> str:
     return _table(head, [["held-out text of its own kind", *own, ""], *rows])
 
 
+def _crossed_table(results: dict[str, Any]) -> str:
+    crossed = [(source, target, value) for source, row in results["crossed"].items() for target, value in row.items()]
+    head = [
+        "unsteered continuations behind other prompts",
+        *(f"{target} behind {source}" for source, target, _ in crossed),
+    ]
+    return _table(head, [["perplexity", *(f"{value:.0f}" for _, _, value in crossed)]])
+
+
 def _bars_table(results: dict[str, Any]) -> str:
     by_concept = bars(results)
     rows = [
@@ -120,12 +137,12 @@ def _curve_table(results: dict[str, Any], rule: str, title: str) -> str:
 
 def _cell(share: float, sd: float, perplexity: float, *, with_sd: bool) -> str:
     spread = f" ± {100 * sd:.0f}" if with_sd and sd else ""
-    return f"{100 * share:.0f}{spread} / {perplexity:.0f}"
+    return f"{100 * share:.0f}{spread} / {f'{perplexity:.0f}' if perplexity < MOST else f'> {MOST}'}"
 
 
 def _spread(values: Sequence[float]) -> str:
     mean, sd = mean_and_sd(values)
-    return f"{mean:.3f} ± {sd:.3f}"
+    return f"{mean:.4f} ± {sd:.4f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -89,6 +89,21 @@ def measure_base(writer: Writer, judge: Judge, prompts: dict[str, Tensor]) -> di
     return {group: _points(writer, judge, writer.write(ids), [None])[0] for group, ids in prompts.items()}
 
 
+def measure_crossed(writer: Writer, prompts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Perplexity of unsteered continuations moved behind the prompts of another group, by prompts and continuations.
+
+    What a change of text costs in itself, were it written by the unsteered model.
+    """
+    written = {group: writer.write(ids) for group, ids in prompts.items()}
+    found: dict[str, dict[str, float]] = {}
+    for source, target in ((OFF, "scripture"), (OFF, "de"), ("scripture", OFF), ("de", OFF)):
+        own = written[target]
+        ids = torch.cat([prompts[source], own.ids[:, PROMPT_LENGTH:]], 1)
+        nats = writer.nats_per_word(Written(own.texts, ids, own.is_new))
+        found.setdefault(source, {})[target] = math.exp(float(nats.nanmean()))
+    return found
+
+
 def measure_curve(
     writer: Writer, judge: Judge, model: Any, prompts: dict[str, Tensor], plan: Plan, *, mode: str = "residual"
 ) -> list[Point]:
