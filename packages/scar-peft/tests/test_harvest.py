@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import BertConfig, BertModel, OPTConfig, OPTForCausalLM
 
 import scar_peft
 from scar_peft.remote.sites_scar import target_names
@@ -18,6 +19,7 @@ from scar_peft.training.harvest import harvest, warn_of_single_class
 from scar_peft.training.labels import LabelReader
 from scar_peft.training.store import ActivationStore
 from tests.support.scar_texts import register_texts, tiny_llama, word_tokenizer
+from tfree_tokenizer import TFreeConfig, TFreeForCausalLM, TFreeTokenizer
 
 READER = LabelReader(concepts=("archaic",), columns=("archaic",))
 
@@ -60,6 +62,36 @@ def test_early_stop_gives_the_activations_of_the_full_forward_pass(site: str) ->
     captured = capture_activations(model, targets, {"input_ids": ids})
     assert ran == [0, 1, 2]
     assert all(torch.equal(captured[layer], whole[layer]) for layer in targets)
+
+
+def test_words_that_tfree_has_to_spell_have_an_activation_for_each_token() -> None:
+    tokenizer = TFreeTokenizer(words=["the", "house", "is", "small"])
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = TFreeForCausalLM(TFreeConfig.for_tokenizer(tokenizer, **sizes)).eval()
+    model.set_dictionary(tokenizer)
+    inputs = dict(tokenizer("the unheard-of house", return_tensors="pt"))
+    with torch.no_grad():
+        want = model(**inputs, output_hidden_states=True).hidden_states[1]
+    captured = capture_activations(model, targets_of(model, [0]), inputs)
+    assert captured[0].shape[1] == inputs["input_ids"].shape[1] > 5
+    torch.testing.assert_close(captured[0], want)
+
+
+def test_tokens_that_a_family_lays_one_after_the_other_are_put_back_in_rows() -> None:
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = OPTForCausalLM(OPTConfig(vocab_size=32, word_embed_proj_dim=16, **sizes)).eval()
+    ids = torch.arange(2, 14).view(2, 6)
+    captured = capture_activations(model, targets_of(model, [0], "mlp"), {"input_ids": ids})
+    assert captured[0].shape == (2, 6, 16)
+
+
+def test_target_without_a_row_per_token_is_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=32, **sizes)).eval()
+    with pytest.raises(
+        ValueError, match=r"targets must put out one row per token, got \(1, 16\) of layer 0 for 3 tokens"
+    ):
+        capture_activations(model, {0: model.pooler}, {"input_ids": torch.arange(3)[None]})
 
 
 def test_capture_leaves_the_model_as_it_was() -> None:

@@ -83,7 +83,7 @@ def _losses(
 ) -> list[Tensor]:
     batch = right_padded(rows, input_device(model))
     with _replaced(target, change, skip_first) if target is not None and change is not None else nullcontext():
-        logits = model(**batch, use_cache=False).logits  # [B, L, V]
+        logits = model(**batch).logits  # [B, L, V]; without a cache, T-FREE would not score the bytes of spelled words
     # Row by row: float32 log-probabilities of a whole batch can be larger than the model.
     return [
         F.cross_entropy(logits[i, : len(row) - 1].float(), batch["input_ids"][i, 1 : len(row)], reduction="none")

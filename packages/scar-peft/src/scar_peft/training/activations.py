@@ -74,8 +74,25 @@ def capture_activations(
         Layer -> `[B, L, d]`, detached.
 
     Raises:
-        ValueError: a target did not run.
+        ValueError: a target did not run, or puts out something else than a row per token.
     """
+    shape = inputs["input_ids"].shape
+    captured = _captured(model, targets, inputs, _without_cache(model))
+    if any(values.numel() != shape.numel() * values.shape[-1] for values in captured.values()):
+        # T-FREE reads a word that it has to spell as one position, unless a cache has to hold its bytes.
+        captured = _captured(model, targets, inputs, {})
+    for layer, values in captured.items():
+        if values.numel() != shape.numel() * values.shape[-1]:
+            raise ValueError(
+                f"targets must put out one row per token, got {tuple(values.shape)} of layer {layer} for "
+                f"{shape.numel()} tokens."
+            )
+    return {layer: values.view(*shape, -1) for layer, values in captured.items()}
+
+
+def _captured(
+    model: nn.Module, targets: Mapping[int, nn.Module], inputs: Mapping[str, Tensor], options: Mapping[str, bool]
+) -> dict[int, Tensor]:
     captured: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -90,7 +107,7 @@ def capture_activations(
     handles = [module.register_forward_hook(keep(layer), prepend=True) for layer, module in targets.items()]
     try:
         with torch.inference_mode(), _evaluating(model), _adapters_off(model):
-            model(**inputs, **_without_cache(model))
+            model(**inputs, **options)
     except _AllCaptured:
         pass
     finally:
