@@ -220,7 +220,7 @@ def test_strides_of_the_arguments_do_not_matter(run, N, n, K, d):
 
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_entries_that_are_used_often_are_gathered_in_slices(is_transposed):
-    """130 rows of 8 of 40 latents: sums and gradients in slices of 32 columns, the same bits every time."""
+    """130 rows of 8 of 40 latents: sums in slices of 32 columns, and the same bits every time."""
     indices, inputs = decoding(130, 40, 8, 70)
     if is_transposed:
         inputs["rows"] = inputs["rows"].detach().T.contiguous().T.requires_grad_()

@@ -121,7 +121,8 @@ def _coo_product(indices: Tensor, values: Tensor, rows: Tensor) -> Callable[[], 
     entry_rows = torch.arange(N, device=indices.device).repeat_interleave(k)
 
     def call() -> Tensor:
-        latents = torch.sparse_coo_tensor(torch.stack([entry_rows, indices.flatten()]), values.flatten(), (N, n))
+        places = torch.stack([entry_rows, indices.flatten()])
+        latents = torch.sparse_coo_tensor(places, values.flatten(), (N, n), check_invariants=False)
         return torch.sparse.mm(latents, rows)
 
     return call

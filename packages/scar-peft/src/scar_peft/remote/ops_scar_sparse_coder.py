@@ -328,7 +328,8 @@ def _row_products(indices: Tensor, grad: Tensor, rows: Tensor) -> Tensor:
 
 def _bag(indices: Tensor, starts: Tensor, values: Tensor, table: Tensor) -> Tensor:
     """Weighted sums of the table rows that each bag lists, a slice of columns at a time if entries are used often."""
-    is_sliced = indices.shape[0] >= 8 * table.shape[0] and not torch.compiler.is_compiling()
+    uses = 4 if table.numel() > _CACHED_ELEMENTS else 16  # of an entry, from which on slices pay
+    is_sliced = indices.shape[0] >= uses * table.shape[0] and not torch.compiler.is_compiling()
     if not is_sliced and table.stride(1) == 1:
         return F.embedding_bag(indices, table, starts, mode="sum", per_sample_weights=values)
     width = _SLICE_COLUMNS if is_sliced else table.shape[1]
