@@ -201,6 +201,14 @@ def test_setting_a_latent_replaces_it_and_scaling_leaves_what_is_off(run):
     torch.testing.assert_close(y, torch.tensor([[0.0, 3.0]]), rtol=0, atol=3e-5)
 
 
+def test_scaling_leaves_a_negative_latent(run):
+    x, encoder, nothing = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), torch.tensor([[1.0, 0.0]]), torch.zeros(1)
+    settings = {"rule": "scale", "activation": "tanh", "threshold": -math.inf, "normalize": False}
+    y, pre = steer(run, x, encoder, nothing, torch.ones(1, 2), torch.tensor([[-1.0]]), **settings)
+    assert pre[:, 0].tolist() == [1.0, -1.0]
+    torch.testing.assert_close(y, torch.tensor([[1.0 - math.tanh(1), -1.0 - math.tanh(1)], [-1.0, 1.0]]))
+
+
 def test_the_gate_takes_off_where_the_concept_is_and_adds_where_it_is_not(run):
     x, encoder, bias, decoder, _ = case(N=12, C=1)
     bias = 0.0 * bias

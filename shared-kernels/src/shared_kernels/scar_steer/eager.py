@@ -86,7 +86,7 @@ def scar_steer_eager(
 
     A latent h_c is the activation of its pre-activation where it is open, else 0. With strength a, `rule` says k_c:
 
-    - `"scale"`: std a h_c, which makes the latent (1 + a) h_c;
+    - `"scale"`: std a max(h_c, 0), which makes a positive latent (1 + a) h_c;
     - `"set"`: std (a - h_c), which makes it a;
     - `"add"`: a |x| / |D_c|;
     - `"add_gated"`: the same times g for a <= 0, else times 1 - g; g = sigmoid(pre) where open, else 0.
@@ -230,7 +230,10 @@ def _factors(scores: Scores, a: Tensor, is_open: Tensor | None, settings: Settin
         # a s, or a - a s where a > 0; with a slope of s at 0
         return torch.addcmul(rises, s, torch.sub(a, rises, alpha=2.0)) * _length(scores), 1.0
     h = _latents(scores.pre, activation, threshold, is_open)
-    k = a * h if rule == "scale" else a - h
+    if rule == "scale":
+        k = a * (h.relu() if activation == "tanh" else h)  # a negative latent is not a concept that is on
+    else:
+        k = a - h
     if scores.spread is None:
         return k, 1.0
     return k * scores.spread, max(1, scores.x.shape[1] - 1) ** -0.5

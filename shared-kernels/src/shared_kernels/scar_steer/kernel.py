@@ -25,6 +25,7 @@ _ADD = tl.constexpr(RULES["add"])
 _ADD_GATED = tl.constexpr(RULES["add_gated"])
 _NO_RULE = tl.constexpr(NO_RULE)
 _RELU = tl.constexpr(ACTIVATIONS["relu"])
+_TANH = tl.constexpr(ACTIVATIONS["tanh"])
 _SIGMOID = tl.constexpr(ACTIVATIONS["sigmoid"])
 
 
@@ -137,6 +138,8 @@ def _factor(pre, a, is_closed, std, length, decoder_length, RULE: tl.constexpr, 
     """Compute k, and its derivatives with respect to pre, a, std and the length of the row."""
     if RULE < _ADD:
         by_length = 0.0 * a
+        if RULE == _SCALE and ACTIVATION == _TANH:
+            is_closed = is_closed | (pre <= 0.0)  # a negative latent is not a concept that is on
         h, slope = _value(pre, is_closed, ACTIVATION)
         if RULE == _SCALE:
             by_a = std * h

@@ -81,7 +81,7 @@ def scar_steer(
     y = x + sum_c k_c D_c. The latent h is the activation of the pre-activation of `scar_scores` where it is open,
     else 0. With strength a, `rule` says k:
 
-    - `"scale"`: std a h, which makes the latent (1 + a) h. What is off stays off.
+    - `"scale"`: std a max(h, 0), which makes a positive latent (1 + a) h. What is off stays off.
     - `"set"`: std (a - h), which makes the latent a.
     - `"add"`: a |x| / |D|, a share of the row's length.
     - `"add_gated"`: the same times g for a <= 0 and times 1 - g for a > 0, where g is sigmoid(pre) where open, else 0:

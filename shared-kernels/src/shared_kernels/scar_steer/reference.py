@@ -46,7 +46,7 @@ def scar_steer_reference(
     unit = torch.where(length > 0, 1.0 / length, 0.0).view((1,) * (x.ndim - 1) + (C,))
     pull = a * torch.linalg.vector_norm(x.double(), dim=-1, keepdim=True) * unit
     k = {
-        "scale": std * a * h,
+        "scale": std * a * h.clamp(min=0),
         "set": std * (a - h),
         "add": pull,
         "add_gated": pull * torch.where(a <= 0, s, 1.0 - s),
