@@ -71,11 +71,14 @@ def edit_step_eager(
     """
     E, (B, _, h, w) = scale.shape[0], x.shape
     rows = outputs.unflatten(0, (1 + E, B))
-    masks = torch.ones(E, B, h, w, dtype=torch.bool, device=x.device)
+    masks = None
     if mass is not None and mass_threshold is not None:
         masks = _on_pixels(mass >= mass_threshold[..., None, None], h, w)
     if magnitude is not None and magnitude_threshold is not None:
-        masks = masks & (magnitude >= magnitude_threshold[..., None, None])
+        is_large = magnitude >= magnitude_threshold[..., None, None]
+        masks = is_large if masks is None else masks & is_large
+    if masks is None:
+        masks = torch.ones(E, B, h, w, dtype=torch.bool, device=x.device)
     if active is not None:
         masks = masks & active.view(E, 1, 1, 1)
     weights = masks * scale.view(E, 1, 1, 1)
@@ -129,6 +132,8 @@ def _add(total: Tensor, term: Tensor, factor: Any) -> Tensor:
 
 def _on_pixels(grid: Tensor, h: int, w: int) -> Tensor:
     """`[E, B, h, w]`: the cell of the grid that each pixel lies in."""
-    gh, gw = grid.shape[2:]
+    E, B, gh, gw = grid.shape
+    if h % gh == 0 and w % gw == 0:
+        return grid[:, :, :, None, :, None].expand(E, B, gh, h // gh, gw, w // gw).reshape(E, B, h, w)
     rows, columns = (torch.arange(n, device=grid.device) * cells // n for n, cells in ((h, gh), (w, gw)))
     return grid.index_select(2, rows).index_select(3, columns)
