@@ -231,10 +231,9 @@ def _factors(scores: Scores, a: Tensor, is_open: Tensor | None, settings: Settin
         # a s, or a - a s where a > 0; with a slope of s at 0
         return torch.addcmul(rises, s, torch.sub(a, rises, alpha=2.0)) * _length(scores), 1.0
     h = _latents(scores.pre, activation, threshold, is_open)
-    if rule == "scale":
-        k = a * (h.relu() if activation == "tanh" else h)  # a negative latent is not a concept that is on
-    else:
-        k = a - h
+    if rule == "scale" and activation == "tanh":
+        h = h.relu()  # a negative latent is not a concept that is on
+    k = a * h if rule == "scale" else a - h
     if scores.spread is None:
         return k, 1.0
     return k * scores.spread, max(1, scores.x.shape[1] - 1) ** -0.5
