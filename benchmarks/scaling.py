@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases.atman import curves as atman_curves
+from benchmarks.cases.scar import curves as scar_curves
 from benchmarks.cases.tfree import curves as tfree_curves
 from benchmarks.harness import REGISTRY, Call, Case, Entry, Options, timed
 from benchmarks.memory import measure_apart
@@ -55,7 +56,8 @@ class Curve:
         return [smallest * 2**i for i in range(SIZES)]
 
 
-CURVES = {name: Curve(name=name, **settings) for name, settings in (tfree_curves.CURVES | atman_curves.CURVES).items()}
+_SETTINGS = tfree_curves.CURVES | atman_curves.CURVES | scar_curves.CURVES
+CURVES = {name: Curve(name=name, **settings) for name, settings in _SETTINGS.items()}
 
 
 def measure_curve(curve: Curve, options: Options, *, memory: bool = True, rounds: int = 5) -> dict[str, Any]:
