@@ -38,7 +38,7 @@ class UNetAdapter(FamilyAdapter):
         return gaussian_schedule(scheduler, steps, skip, solver=solver, eta=eta)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        return encode_pixels(self.pipe.vae, pixels)
+        return encode_pixels(self.pipe.vae, pixels, self.pipe._execution_device)
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode_latents(self.pipe.vae, latents)

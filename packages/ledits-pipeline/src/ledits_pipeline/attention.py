@@ -84,16 +84,23 @@ class CrossAttentionRecording:
     def __init__(self, inner: Any, recorder: MassRecorder) -> None:
         self.inner = inner
         self.recorder = recorder
-        # attention layers pass on the keyword arguments they find by inspecting this attribute; calls go to the class
-        vars(self)["__call__"] = inner.__call__
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        ip_adapter_masks: Any = None,  # named, because attention layers only pass on what they find in the signature
+        **kwargs: Any,
     ) -> Any:
         if self.recorder.is_recording:
             text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
             self._record(attn, self.recorder.rows(hidden_states), self.recorder.rows(text))
-        return self.inner(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        if ip_adapter_masks is not None:
+            kwargs["ip_adapter_masks"] = ip_adapter_masks
+        return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
 
     def _record(self, attn: Any, image: Tensor, text: Tensor) -> None:
         if attn.norm_cross:

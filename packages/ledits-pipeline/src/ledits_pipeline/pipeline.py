@@ -155,8 +155,9 @@ class LEditsPipeline(DiffusionPipeline):
         for mixin in adapter.loaders if adapter is not None else ():
             if hasattr(mixin, name):
                 found = inspect.getattr_static(mixin, name)
-                owner = mixin if isinstance(found, classmethod) else type(self)
-                return found.__get__(None if isinstance(found, classmethod) else self, owner)
+                if isinstance(found, classmethod) or not hasattr(found, "__get__"):
+                    return getattr(mixin, name)
+                return found.__get__(self, type(self))
         return super().__getattr__(name)
 
     @property

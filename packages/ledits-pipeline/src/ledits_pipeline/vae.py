@@ -21,10 +21,13 @@ def safe_dtype(vae: Any) -> Iterator[torch.dtype]:
         vae.to(torch.float16)
 
 
-def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels `[B, 3, H, W]` in [-1, 1] to the mode of their scaled latents `[B, C, h, w]`."""
+def encode_pixels(vae: Any, pixels: Tensor, device: torch.device) -> Tensor:
+    """Pixels `[B, 3, H, W]` in [-1, 1] to the mode of their scaled latents `[B, C, h, w]`.
+
+    `device` is where the model runs, which the device of an offloaded model does not tell.
+    """
     with safe_dtype(vae) as dtype:
-        latents = vae.encode(pixels.to(vae.device, dtype)).latent_dist.mode()
+        latents = vae.encode(pixels.to(device, dtype)).latent_dist.mode()
     return (latents - _shift(vae)) * vae.config.scaling_factor
 
 
@@ -36,7 +39,7 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """
     with safe_dtype(vae) as dtype:
         latents = latents / vae.config.scaling_factor + _shift(vae)
-        pixels = vae.decode(latents.to(vae.device, dtype), return_dict=False)[0]
+        pixels = vae.decode(latents.to(dtype), return_dict=False)[0]
     if not torch.isfinite(pixels).all():
         raise FloatingPointError(
             f"the VAE decoded to values that are not finite, in {dtype}; load it in float32 or bfloat16 "
