@@ -284,7 +284,8 @@ def _case(kernel: Any, kind: str, config: Config, *absent: str, **constants: Any
     signature = {name: value for name, value in signature.items() if name not in constants}
     signature |= dict.fromkeys(numbers, "i32")
     constants |= {"BLOCK_C": min(config.channels, 128), "BLOCK_P": config.BLOCK_P}
-    return AotCase(kernel, signature, constants, config.num_warps, aligned=("pixels", "h", "w"))
+    aligned = tuple(name for name in ("pixels", "h", "w") if name in signature)
+    return AotCase(kernel, signature, constants, config.num_warps, aligned)
 
 
 def _cases() -> tuple[AotCase, ...]:

@@ -20,8 +20,10 @@ def row_quantile_eager(S: Tensor, q: Tensor | float) -> Tensor:
         `[R]` in the dtype of `S`; NaN for a row with a NaN.
     """
     if torch.compiler.is_compiling() or (isinstance(q, Tensor) and q.device.type != "cpu"):
-        return _by_sorting(S, q)  # here numbers cannot be read
-    ranks = _ranks(S, q).tolist()
+        levels = q if isinstance(q, Tensor) else S.new_full((S.shape[0],), q)
+        return _by_sorting(S, _ranks(S, levels))  # here numbers cannot be read
+    levels = q if isinstance(q, Tensor) else torch.tensor([q], dtype=S.dtype)  # on the CPU, whatever S is on
+    ranks = _ranks(S, levels).tolist()
     bounds = [i for i in range(1, len(ranks)) if ranks[i] != ranks[i - 1]]
     if not bounds:
         return _between(S, ranks[0]) if ranks else S.new_empty(0)
@@ -29,14 +31,13 @@ def row_quantile_eager(S: Tensor, q: Tensor | float) -> Tensor:
     return torch.cat([_between(rows, ranks[start]) for rows, start in parts])
 
 
-def _ranks(S: Tensor, q: Tensor | float) -> Tensor:
-    """`[R]` or `[1]`, rounded to the dtype of S, as `torch.quantile` does."""
-    levels = q.to(S.dtype).clamp(0.0, 1.0) if isinstance(q, Tensor) else S.new_full((1,), q)
-    return levels * (S.shape[1] - 1)
+def _ranks(S: Tensor, levels: Tensor) -> Tensor:
+    """Rounded to the dtype of S, as `torch.quantile` does."""
+    return levels.to(S.dtype).clamp(0.0, 1.0) * (S.shape[1] - 1)
 
 
-def _by_sorting(S: Tensor, q: Tensor | float) -> Tensor:
-    ranks = _ranks(S, q).expand(S.shape[0]).unsqueeze(1)
+def _by_sorting(S: Tensor, ranks: Tensor) -> Tensor:
+    ranks = ranks.unsqueeze(1)
     below = ranks.floor()
     pair = S.sort(1).values.gather(1, torch.cat([below, ranks.ceil()], 1).long())
     out = torch.lerp(pair[:, 0], pair[:, 1], (ranks - below)[:, 0])
