@@ -19,7 +19,7 @@ CHILD = "scar"
 """Name of the layer below its target. peft tells adapter weights by the prefix "scar_", which must come only once."""
 
 
-class ScarLayer(nn.Module, SteeringHook, BaseTunerLayer):
+class ScarLayer(SteeringHook, nn.Module, BaseTunerLayer):
     """Sits below the module whose output it reads and steers, and replaces nothing.
 
     Weights lie in four flat dictionaries keyed by adapter: peft, and transformers on loading, take the adapter's name

@@ -24,7 +24,8 @@ class ScarModel(BaseTuner):
         """The model's forward pass.
 
         Takes `steering`, `rule`, `mode` and `positions` as `scar_peft.steering` does, for this pass only, and
-        `return_concept_scores=True`, which adds `concept_scores` to the output.
+        `return_concept_scores=True`, which adds `concept_scores` to the output. Under gradient checkpointing, which
+        computes blocks again later, call `set_steering` before the pass instead.
         """
         return steered_forward(self.model, self.model, args, kwargs)
 

@@ -60,7 +60,9 @@ PROMPT: ContextVar[int | None] = ContextVar("scar_prompt", default=None)
 
 
 class SteeringHook:
-    """Steers the output of one module for one or more adapters; a mixin for the `nn.Module` that holds their weights.
+    """Steers the output of one module for one or more adapters.
+
+    A mixin for the `nn.Module` that holds their weights, to be named before it.
 
     A subclass says what it holds: `concept_rows`, `concept_settings`, `place`, `adapters_here`, `adapters_in_use`; one
     that holds whole coders also `own_gate`, `kept` and `reconstruction`.
@@ -125,7 +127,8 @@ class SteeringHook:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes over: not the inputs that the model has last seen."""
-        return {**self.__dict__, "_passes": {}, "_last_pass": Pass(), "_live_recorders": ()}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
+        return {**state, "_passes": {}, "_last_pass": Pass(), "_live_recorders": ()}
 
     def wishes(self, adapter: str, *, temporary: bool = True) -> Wishes:
         """What is wanted of an adapter: here and now, or behind all open `steering` blocks."""
@@ -269,8 +272,9 @@ class SteeringHook:
 
     def scores(self, adapter: str, hidden: Tensor, kind: str) -> Tensor:
         """Pre-activations or latents of all concepts [..., C], without gradients."""
-        settings, rows = self.concept_settings(adapter), self.concept_rows(adapter)
+        settings = self.concept_settings(adapter)
         with torch.no_grad():
+            rows = self.concept_rows(adapter)
             pre = scar_scores(hidden, *rows[:3], eps=settings.norm_eps, normalize=settings.normalize)
             if kind == "pre":
                 return pre
