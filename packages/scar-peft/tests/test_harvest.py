@@ -88,9 +88,7 @@ def test_tokens_that_a_family_lays_one_after_the_other_are_put_back_in_rows() ->
 def test_target_without_a_row_per_token_is_refused() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = BertModel(BertConfig(vocab_size=32, **sizes)).eval()
-    with pytest.raises(
-        ValueError, match=r"one row per token, got \(1, 16\) of layer 0 for 3 tokens"
-    ):
+    with pytest.raises(ValueError, match=r"one row per token, got \(1, 16\) of layer 0 for 3 tokens"):
         capture_activations(model, {0: model.pooler}, {"input_ids": torch.arange(3)[None]})
 
 
