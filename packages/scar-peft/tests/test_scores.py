@@ -6,6 +6,7 @@ from transformers import T5ForConditionalGeneration
 
 from scar_peft import ConceptScores, coder, record_scores, scar_layers, steering
 from tests.support import scar_models as tiny
+from tests.support.tfree import tiny_tfree
 
 
 @pytest.fixture
@@ -141,6 +142,8 @@ def test_forward_returns_scores(model):
         {"num_beams": 2, "eos_token_id": 41},
         {"cache_implementation": "static"},
         {"use_cache": False},
+        {"prefill_chunk_size": 4},
+        {"prefill_chunk_size": 4, "num_beams": 3},
         {"return_dict_in_generate": True},
     ],
     ids=str,
@@ -289,7 +292,7 @@ def test_gradient_checkpointing_records_once(reentrant, passes):
     with record_scores(model) as record:
         loss = sum(model(ids, labels=ids).loss for ids in batches)
         loss.backward()
-    assert record.passes == passes
+    assert record.ends == [9] * passes
     assert torch.equal(record.scores["a"], expected["a"])
     assert not record.scores["a"].requires_grad
 
@@ -300,3 +303,18 @@ def test_scores_in_half_precision_are_close(model):
     found = reread(half, tiny.some_ids())
     assert found["a"].dtype == torch.float32
     torch.testing.assert_close(found["a"], expected["a"], rtol=0.1, atol=0.1)
+
+
+def test_words_of_a_tfree_model_are_steered_and_scored_as_they_are_made():
+    base, tokenizer = tiny_tfree(hidden_size=32, num_hidden_layers=3)
+    model = tiny.adapted(base)
+    inputs = tokenizer(["the house is", "Haus"], return_tensors="pt", padding=True, padding_side="left")
+    strengths = [3.0, -3.0]
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "rule": "add"}
+    output = model.generate(**inputs, **settings, steering={"a": strengths}, return_concept_scores=True)
+    mask = torch.ones_like(output.sequences)
+    mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+    arguments = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    with steering(model, a=strengths, rule="add"):
+        assert_belongs_to(output.concept_scores, model, output.sequences, **arguments)
+    assert output.concept_scores.is_scored.tolist() == [[True] * 6 + [False], [False] * 2 + [True] * 4 + [False]]

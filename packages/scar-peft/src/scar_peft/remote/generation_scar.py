@@ -52,7 +52,8 @@ def steered_generate(
         output = generate(*args, **kwargs)
     config = kwargs.get("generation_config") or getattr(layers, "generation_config", None)
     end = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
-    scores = _of_sequences(record, output, unseen=length if prompt is not None and prompt.ndim == 3 else 0)
+    unseen = length if prompt is not None and prompt.ndim == 3 else 0  # embeddings have no tokens in the output
+    scores = _of_sequences(record, output, length, unseen + output["sequences"].shape[1])
     if end is not None and getattr(output, "beam_indices", None) is None:
         scores = _without_end(scores, output["sequences"], end, length)
     output["concept_scores"] = scores
@@ -82,20 +83,17 @@ def _prompt(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ten
     return next((tokens for tokens in given if tokens is not None), None)
 
 
-def _of_sequences(record: Recorder, output: Any, unseen: int) -> ConceptScores:
-    """Scores of the returned sequences: a beam search changes the rows that they go through at every pass.
-
-    Of a prompt of embeddings, the output's sequences lack as many tokens as `unseen` says.
-    """
-    sequences: Tensor = output["sequences"]
+def _of_sequences(record: Recorder, output: Any, prompt: int, length: int) -> ConceptScores:
+    """Scores of the returned sequences: a beam search changes the rows that they go through at every pass."""
+    ends = record.ends
     beams: Tensor | None = getattr(output, "beam_indices", None)
-    passes, length = record.passes, unseen + sequences.shape[1]
     if beams is None:
-        return record.reordered([torch.arange(sequences.shape[0])] * passes, length)
+        return record.reordered([torch.arange(output["sequences"].shape[0])] * len(ends), length)
     beams = beams.cpu()
-    # The prompt is read once for all beams of a request; each later pass reads what the one before has chosen.
-    rows = [beams[:, 0].clamp(min=0), *(beams[:, step] for step in range(1, min(passes, beams.shape[1])))]
-    rows += [torch.full_like(beams[:, 0], -1)] * (passes - len(rows))
+    # All beams of a request read the same prompt, in one pass or more; each later pass reads what the one before chose.
+    rows = [beams[:, 0].clamp(min=0)] * max(1, sum(end <= prompt for end in ends))
+    rows += [beams[:, step] for step in range(1, min(len(ends) - len(rows) + 1, beams.shape[1]))]
+    rows += [torch.full_like(beams[:, 0], -1)] * (len(ends) - len(rows))
     return record.reordered(rows, length)
 
 

@@ -97,9 +97,10 @@ class Recorder:
             parts.append(_Part(place, scores, mask.to(scores.device), int(place.past)))
 
     @property
-    def passes(self) -> int:
-        """Number of passes recorded so far."""
-        return max((len(parts) for parts in self._parts.values()), default=0)
+    def ends(self) -> list[int]:
+        """The column behind the last token of every pass so far."""
+        parts = next(iter(self._parts.values()), [])
+        return [part.start + part.scores.shape[1] for part in parts]
 
     @property
     def scores(self) -> ConceptScores:
