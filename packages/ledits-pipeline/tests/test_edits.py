@@ -310,3 +310,39 @@ def test_one_call_edits_like_two() -> None:
 def test_modes_agree_about_an_edit() -> None:
     exact, paired = (latents(inverted(mode), "cat", edit_guidance_scale=1.0) for mode in ("exact", "paired"))
     torch.testing.assert_close(exact, paired, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["exact", "paired"])
+def test_averaged_attention_gives_steadier_masks(mode: str) -> None:
+    pipe = inverted(mode)
+    fields: dict[str, Any] = {"editing_prompt": "cat", "use_intersect_mask": False, "use_cross_attn_mask": True}
+    plain, steady = (pipe(**fields, mask_ema=share, output_type="latent").masks for share in (0.0, 0.9))
+    assert torch.equal(plain[0], steady[0])
+    assert (steady[1:] ^ steady[:-1]).sum() <= (plain[1:] ^ plain[:-1]).sum()
+
+
+def test_grown_masks_hold_the_plain_ones_and_their_neighbours() -> None:
+    from ledits_pipeline.masks import grow
+
+    mask = torch.zeros(1, 1, 5, 6, dtype=torch.bool)
+    mask[..., 0, 3] = True
+    assert grow(mask, 1).nonzero()[:, 2:].tolist() == [[0, 2], [0, 3], [0, 4], [1, 2], [1, 3], [1, 4]]
+    pipe = inverted()
+    plain, grown = (pipe(editing_prompt="cat", mask_dilate=n, output_type="latent").masks[0] for n in (0, 2))
+    assert torch.equal(grown, grow(plain, 2))
+
+
+@pytest.mark.parametrize("mode", ["exact", "paired"])
+def test_residuals_can_be_left_out_where_edits_acted(mode: str) -> None:
+    pipe = inverted(mode)
+    fields: dict[str, Any] = {"edit_guidance_scale": 1.0, "edit_threshold": 0.5, "output_type": "latent"}
+    plain = pipe(editing_prompt="cat", **fields)
+    without = pipe(editing_prompt="cat", apply_residual="background", **fields)
+    changed = (plain.images != without.images).any(dim=1)
+    assert torch.equal(changed, plain.masks[-1, 0])
+
+
+def test_modes_agree_about_left_out_residuals() -> None:
+    fields: dict[str, Any] = {"edit_guidance_scale": 1.0, "apply_residual": "background"}
+    exact, paired = (latents(inverted(mode), "cat", **fields) for mode in ("exact", "paired"))
+    torch.testing.assert_close(exact, paired, rtol=1e-4, atol=1e-4)

@@ -207,6 +207,9 @@ class EditCall:
     images: dict[str, Any]
     """`ip_adapter_image`, `ip_adapter_image_embeds`, `control_image`."""
     guidance_rescale: float
+    mask_ema: float
+    mask_dilate: int
+    apply_residual: str
     crops_coords_top_left: tuple[int, int] | None
     denoising_end: float | None
     callback: Callable[..., Any] | None
@@ -259,6 +262,7 @@ class EditCall:
         rule = MaskRule(
             attention=intersect or self.use_cross_attn_mask,
             noise=intersect or not self.use_cross_attn_mask,
+            dilate=self.mask_dilate,
             quantile_dtype=torch.float32 if as_diffusers else None,
         )
         early = defaults.attention_only_above if as_diffusers and intersect else None
@@ -293,6 +297,8 @@ class EditCall:
             else None,
             given_guidance=list(self.sem_guidance) if self.sem_guidance is not None else [],
             guidance_rescale=self.guidance_rescale,
+            mask_ema=self.mask_ema,
+            drops_residual=self.apply_residual == "background",
             is_interrupted=lambda: self.pipe.interrupt,
             kept_attention=self._attention_memory(adapter, count, x),
         )
@@ -319,6 +325,12 @@ class EditCall:
             raise ValueError("negative_prompt and negative_prompt_embeds describe the same; pass one of them.")
         if not 0.0 <= self.guidance_rescale <= 1.0:
             raise ValueError(f"guidance_rescale must lie in [0, 1], got {self.guidance_rescale}.")
+        if not 0.0 <= self.mask_ema < 1.0:
+            raise ValueError(f"mask_ema must lie in [0, 1), got {self.mask_ema}.")
+        if type(self.mask_dilate) is not int or self.mask_dilate < 0:
+            raise ValueError(f"mask_dilate must be a whole number of positions, at least 0, got {self.mask_dilate!r}.")
+        if self.apply_residual not in ("all", "background"):
+            raise ValueError(f'apply_residual must be "all" or "background", got {self.apply_residual!r}.')
 
     def _condition(self, batch: int) -> SourceCondition:
         """As at inversion, but for what this call says itself."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .masks import attention_masks, noise_masks
+from .masks import attention_masks, grow, noise_masks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,9 @@ class MaskRule:
 
     noise: bool = True
     """Use M2; with `attention`, their intersection."""
+
+    dilate: int = 0
+    """Positions by which masks grow in every direction."""
 
     quantile_dtype: torch.dtype | None = None
     """What quantiles are computed in; None: the dtype of the states. `"diffusers"` mode: float32."""
@@ -56,6 +59,8 @@ def guide(
         masks = attention_masks(attention, thresholds, size, quantile_dtype=rule.quantile_dtype)
     if rule.noise:
         masks = masks & noise_masks(directions, thresholds, quantile_dtype=rule.quantile_dtype)
+    if rule.dilate:
+        masks = grow(masks, rule.dilate)
     return (directions * masks[:, :, None]).sum(dim=0), masks
 
 

@@ -70,3 +70,9 @@ def noise_masks(
     `[E, B, C, h, w]` to `[E, B, h, w]` bool.
     """
     return at_least_quantile(directions.abs().sum(dim=2), thresholds, dtype=quantile_dtype)
+
+
+def grow(masks: Tensor, reach: int) -> Tensor:
+    """Bool masks `[E, B, h, w]`, every true position spread `reach` positions in all eight directions."""
+    spread = F.max_pool2d(masks.float(), 2 * reach + 1, stride=1, padding=reach)
+    return spread.bool()

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -308,6 +308,9 @@ class LEditsPipeline(DiffusionPipeline):
         ip_adapter_image_embeds: Sequence[Tensor] | None = None,
         control_image: Any = None,
         controlnet_conditioning_scale: float | None = None,
+        mask_ema: float = 0.0,
+        mask_dilate: int = 0,
+        apply_residual: Literal["all", "background"] = "all",
     ) -> LEditsOutput | tuple[Any, Any]:
         """Edit the inverted pictures; without an editing prompt, reconstruct them.
 
@@ -351,6 +354,10 @@ class LEditsPipeline(DiffusionPipeline):
             control_image: see `invert`.
             controlnet_conditioning_scale: see `invert`.
             inversion: which inversion to edit; None: the last one of this pipeline.
+            mask_ema: share in [0, 1) that earlier steps have in the attention M1 is made of; steadier masks.
+            mask_dilate: latent positions by which masks grow; for edits that need more room than the object had.
+            apply_residual: `"background"` leaves the picture's finest remains, which no noise covers, out where edits
+                acted, so that removed things do not shine through.
 
         Returns:
             LEditsOutput with `images` and `masks`.
@@ -393,6 +400,9 @@ class LEditsPipeline(DiffusionPipeline):
                 "control_image": control_image,
             },
             guidance_rescale=guidance_rescale,
+            mask_ema=mask_ema,
+            mask_dilate=mask_dilate,
+            apply_residual=apply_residual,
             crops_coords_top_left=crops_coords_top_left,
             denoising_end=denoising_end,
             callback=callback_on_step_end,

@@ -132,6 +132,10 @@ class EditRun:
     given_guidance: list[Tensor] = field(default_factory=list)
     """Used instead of the edits on the first steps."""
     guidance_rescale: float = 0.0
+    mask_ema: float = 0.0
+    """Share of the earlier steps in the attention that M1 is made of."""
+    drops_residual: bool = False
+    """Leave out the last, noise-free residual where edits acted."""
     on_step_end: Callable[[int, Tensor], Tensor] | None = None
     """Called with (step, state); returns the state to go on with."""
     is_interrupted: Callable[[], bool] = lambda: False
@@ -149,6 +153,8 @@ class EditRun:
         self.guidance = torch.zeros((steps, *x.shape), dtype=x.dtype, device=x.device) if edits else None
         scales = torch.tensor(self.plan.scales, dtype=x.dtype)
         self._scales = list(scales.to(x.device))
+        self._attention: list[Tensor | None] = [None] * edits
+        self._last_masks: list[Tensor | None] = [None] * edits
 
     def active(self, k: int) -> tuple[int, ...]:
         return () if k < len(self.given_guidance) else self.plan.active(k)
@@ -161,7 +167,7 @@ class EditRun:
             return base
         first = self.denoising.prompts.first_edit
         edits = torch.stack([parts[first + e] for e in active])
-        attention = self.denoising.attention((base.shape[-2], base.shape[-1]), len(active))
+        attention = self._averaged(active, self.denoising.attention((base.shape[-2], base.shape[-1]), len(active)))
         change, masks = guide(
             parts[0],
             edits,
@@ -175,6 +181,22 @@ class EditRun:
         output = base + change
         return rescale(output, edits, self.guidance_rescale) if self.guidance_rescale > 0 else output
 
+    def _averaged(self, active: tuple[int, ...], attention: Tensor | None) -> Tensor | None:
+        """Attention averaged over the steps so far, recent ones counting more."""
+        if attention is None or self.mask_ema == 0.0:
+            return attention
+        for i, e in enumerate(active):
+            known = self._attention[e]
+            self._attention[e] = attention[i] if known is None else torch.lerp(attention[i], known, self.mask_ema)
+        return torch.stack([kept for e in active if (kept := self._attention[e]) is not None])
+
+    def dropped(self, k: int) -> Tensor | None:
+        """Where the residual of step `k` is left out, `[B, 1, h, w]` bool."""
+        masks = [mask for mask in self._last_masks if mask is not None]
+        if not self.drops_residual or not masks or self.inversion.schedule.sigmas[k + 1] > 0.0:
+            return None
+        return torch.stack(masks).any(dim=0)[:, None]
+
     def _user_masks(self, active: tuple[int, ...]) -> Tensor | None:
         if self.user_masks is None or self.user_masks.shape[0] == 1:
             return self.user_masks
@@ -184,6 +206,7 @@ class EditRun:
         assert self.masks is not None and self.guidance is not None
         for i, e in enumerate(active):
             self.masks[k, e].copy_(masks[i])
+            self._last_masks[e] = masks[i]
         self.guidance[k].copy_(change)
         if attention is not None and k in self.kept_attention:
             for i, e in enumerate(active):
@@ -205,7 +228,8 @@ def replay_stored(run: EditRun, stepper: Stepper) -> Tensor:
         outputs = run.denoising.evaluate(k, [state] * len(groups), groups)
         parts = dict(zip(groups, outputs, strict=True))
         output = run.guided(k, base_output(parts, condition), parts, active)
-        state = stepper.advance(k, state, output, run.inversion.maps[k])
+        stored, dropped = run.inversion.maps[k], run.dropped(k)
+        state = stepper.advance(k, state, output, stored if dropped is None else stored * ~dropped)
         state = run.end_step(k, state)
     return state
 
@@ -232,7 +256,8 @@ def replay_paired(run: EditRun, stepper: PairedStepper) -> Tensor:
         before = base_output(dict(zip(still, outputs[: len(still)], strict=True)), condition)
         parts = dict(zip(moving, outputs[len(still) :], strict=True))
         output = run.guided(k, base_output(parts, condition), parts, active)
-        state = run.end_step(k, stepper.advance(k, path, state, (before, output), after))
+        moved = stepper.advance(k, path, state, (before, output), after, dropped=run.dropped(k))
+        state = run.end_step(k, moved)
         path = after
     return state
 

@@ -179,7 +179,16 @@ class PairedStepper:
         self._rows: list[list[float]] = schedule.coefficients.tolist()
         self._before: Tensor | None = None
 
-    def advance(self, k: int, path: Tensor, state: Tensor, outputs: tuple[Tensor, Tensor], after: Tensor) -> Tensor:
+    def advance(
+        self,
+        k: int,
+        path: Tensor,
+        state: Tensor,
+        outputs: tuple[Tensor, Tensor],
+        after: Tensor,
+        *,
+        dropped: Tensor | None = None,
+    ) -> Tensor:
         """The edited state after step `k`.
 
         Args:
@@ -188,6 +197,7 @@ class PairedStepper:
             state: the edited state at this step.
             outputs: the model's (edited) outputs at `path` and at `state`.
             after: the noisy path after this step.
+            dropped: 1 where a noise-free step shall not repeat what the model does not know of the picture.
         """
         s = self.schedule
         a, b, c, _ = self._rows[k]
@@ -200,4 +210,6 @@ class PairedStepper:
         if c != 0.0 and self._before is not None:
             moved = moved + c * self._before
         self._before = change
+        if dropped is not None:
+            after = torch.where(dropped, a * path + b * clean[0], after)
         return after + moved
