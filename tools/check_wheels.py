@@ -42,6 +42,40 @@ assert found._repr_html_().startswith("<") and "units" in str(found)
 with atman_explain.steer(model, factors=[1.0, 0.0, 1.0, 3.0]):
     model.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=3, do_sample=False)
 """,
+    "ledits-pipeline": """
+import tempfile, torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from ledits_pipeline import LEditsInversion, LEditsPipeline
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+torch.manual_seed(0)
+letters = [chr(ord("a") + i) for i in range(26)]
+words = ["<|startoftext|>", *letters, *(letter + "</w>" for letter in letters), "<|endoftext|>"]
+text = dict(vocab_size=54, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+ends = dict(max_position_embeddings=16, bos_token_id=0, eos_token_id=53, pad_token_id=53)
+blocks = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+)
+sizes = dict(block_out_channels=(8, 16, 16), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2)
+pipe = LEditsPipeline.from_pipe(StableDiffusionPipeline(
+    vae=AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4),
+    text_encoder=CLIPTextModel(CLIPTextConfig(**text, **ends)),
+    tokenizer=CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16),
+    unet=UNet2DConditionModel(**blocks, **sizes, norm_num_groups=4),
+    scheduler=DPMSolverMultistepScheduler(steps_offset=1),
+    safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+))
+picture = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
+made = pipe.invert(picture, num_inversion_steps=4, generator=torch.Generator().manual_seed(0))
+with tempfile.TemporaryDirectory() as folder:
+    made.save_pretrained(folder)
+    again = LEditsInversion.from_pretrained(folder)
+edit = dict(editing_prompt=["sunglasses", "cat"], output_type="latent", use_intersect_mask=True)
+out, same = (pipe(inversion=each, **edit) for each in (made, again))
+assert out.masks.shape == (4, 2, 1, 32, 32) and out.masks.any(), out.masks.shape
+assert torch.equal(out.images, same.images)
+""",
     "scar-peft": """
 import tempfile, torch, scar_peft
 from peft import PeftModel, get_peft_model

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("atman_explain", "scar_peft", "shared_kernels", "tfree_tokenizer")
+PACKAGES = ("atman_explain", "ledits_pipeline", "scar_peft", "shared_kernels", "tfree_tokenizer")
 
 # Returning None, rather than raising, is what a missing package looks like to the libraries' own probes.
 _HIDE = """

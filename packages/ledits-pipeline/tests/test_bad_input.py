@@ -12,9 +12,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("ledits_pipeline")
 
 from diffusers import DDIMScheduler
+
 from ledits_pipeline import FamilyAdapter, LEditsInversion, LEditsPipeline, register_adapter
 from ledits_pipeline.masks import row_quantiles, smooth
-
 from tests.support import ledits
 
 STEPS = 3

@@ -13,10 +13,10 @@ pytest.importorskip("ledits_pipeline")
 
 import diffusers
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from ledits_pipeline import LEditsPipeline, LEditsPipelineSD, LEditsPipelineSDXL
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ledits_pipeline import LEditsPipeline, LEditsPipelineSD, LEditsPipelineSDXL
 from tests.support import ledits
 
 STEPS = 3

@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("ledits_pipeline")
 
-from ledits_pipeline import LEditsPipeline
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ledits_pipeline import LEditsPipeline
 from tests.support import ledits
 
 STEPS = 4

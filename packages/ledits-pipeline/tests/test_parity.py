@@ -13,8 +13,8 @@ pytest.importorskip("ledits_pipeline")
 
 from diffusers import DDIMScheduler, LEditsPPPipelineStableDiffusion, LEditsPPPipelineStableDiffusionXL
 from diffusers.models.attention_processor import AttnProcessor2_0
-from ledits_pipeline import LEditsPipeline
 
+from ledits_pipeline import LEditsPipeline
 from tests.support import ledits
 
 STEPS = 4

@@ -10,9 +10,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("ledits_pipeline")
 
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from ledits_pipeline import LEditsInversion, LEditsPipeline
 from torch import Tensor
 
+from ledits_pipeline import LEditsInversion, LEditsPipeline
 from tests.support import ledits
 
 

@@ -7,9 +7,10 @@ pytest.importorskip("diffusers")
 pytest.importorskip("ledits_pipeline")
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
 from ledits_pipeline.schedules import editing_scheduler, gaussian_schedule
 from ledits_pipeline.solver import AffineStepper, PairedStepper, Schedule, affine_coefficients
-from torch import Tensor
 
 SHAPE = (2, 3, 4)
 
