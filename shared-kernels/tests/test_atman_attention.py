@@ -324,7 +324,8 @@ def test_the_operators_are_well_registered():
     torch.library.opcheck(_suffix_attention, (*packed_case(), *SEGMENTS.values(), None, *rule))
 
 
-def test_a_compiled_graph_has_no_breaks(impl):
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_compiled_graph_has_no_breaks(impl, dynamic):
     dense, packed = dense_case(), packed_case()
     for op, case, settings in (
         (atman_attention, dense, {"is_causal": True}),
@@ -332,7 +333,7 @@ def test_a_compiled_graph_has_no_breaks(impl):
         (atman_suffix_attention, packed, {**SEGMENTS, "window": 4}),
     ):
         function = partial(op, impl=impl, **settings)
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         torch.testing.assert_close(compiled(*case), function(*case), **CLOSE)
 
 

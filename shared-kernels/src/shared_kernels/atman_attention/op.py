@@ -230,7 +230,8 @@ def _check_dense(
 def _broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     if tensor.ndim > len(shape):
         return False
-    return all(own in (1, wanted) for own, wanted in zip(tensor.shape, shape[len(shape) - tensor.ndim :], strict=True))
+    sizes = zip(tensor.shape, shape[len(shape) - tensor.ndim :], strict=True)
+    return all(own == 1 or own == wanted for own, wanted in sizes)  # not `in`, which compilers take for identity
 
 
 def _check_sinks(sinks: Tensor | None, H: int) -> None:

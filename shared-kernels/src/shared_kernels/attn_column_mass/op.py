@@ -100,7 +100,7 @@ def _check(
         )
     if attn_mask is not None:
         own, wanted = attn_mask.shape, (rows, H, Q, K)
-        fits = len(own) <= 4 and all(n in (1, m) for n, m in zip(own, wanted[4 - len(own) :], strict=True))
+        fits = len(own) <= 4 and all(n == 1 or n == m for n, m in zip(own, wanted[4 - len(own) :], strict=True))
         if not fits or not (attn_mask.dtype == torch.bool or attn_mask.dtype.is_floating_point):
             raise ValueError(
                 f"attn_mask must be torch.bool or floating point, broadcastable to {wanted}, got {attn_mask.dtype} "

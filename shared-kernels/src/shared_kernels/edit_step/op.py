@@ -219,7 +219,7 @@ def _check_user_mask(user_mask: Tensor | None, shape: tuple[int, ...], like: Ten
     if user_mask is None:
         return
     own = user_mask.shape
-    fits = len(own) <= 4 and all(n in (1, m) for n, m in zip(own, shape[4 - len(own) :], strict=True))
+    fits = len(own) <= 4 and all(n == 1 or n == m for n, m in zip(own, shape[4 - len(own) :], strict=True))
     if not fits or user_mask.dtype != like.dtype:
         raise ValueError(
             f"user_mask must be {like.dtype}, broadcastable to {tuple(shape)}, got {user_mask.dtype} {tuple(own)}."

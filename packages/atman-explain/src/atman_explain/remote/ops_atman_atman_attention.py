@@ -129,7 +129,7 @@ def _sdpa(
     if bias is not None:
         bias = bias.to(query.dtype)
         mask = bias if visible is None else torch.where(visible, bias, -torch.inf)
-    is_grouped = query.shape[1] != key.shape[1]
+    is_grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210 (a compiler needs the branch)
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, is_causal=causal, enable_gqa=is_grouped)
 
 
