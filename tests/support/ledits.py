@@ -5,10 +5,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 LENGTH = 16
 WIDTH = 32
@@ -119,6 +132,44 @@ def sdxl_components(*, dtype: torch.dtype = torch.float32, **unet_fields: Any) -
         "tokenizer_2": tokenizer(),
         "unet": unet(**(fields | unet_fields)).to(dtype),
         "scheduler": scheduler(),
+    }
+
+
+def t5(width: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=54, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=53, eos_token_id=53
+    )
+    return draw_weights(T5EncoderModel(config))
+
+
+def sd3_components(*, dtype: torch.dtype = torch.float32, with_t5: bool = True, **fields: Any) -> dict[str, Any]:
+    """Components of StableDiffusion3Pipeline."""
+    transformer = SD3Transformer2DModel(
+        **({
+            "sample_size": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 4,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 2 * WIDTH,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 2 * WIDTH,
+            "pos_embed_max_size": 32,
+        } | fields)
+    )  # fmt: skip
+    clip = CLIPTextModelWithProjection(text_config())
+    return {
+        "vae": vae(shift_factor=0.06, scaling_factor=1.3).to(dtype),
+        "text_encoder": draw_weights(clip).to(dtype),
+        "text_encoder_2": draw_weights(CLIPTextModelWithProjection(text_config(hidden_act="gelu"))).to(dtype),
+        "text_encoder_3": t5(2 * WIDTH).to(dtype) if with_t5 else None,
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer(),
+        "tokenizer_3": tokenizer() if with_t5 else None,
+        "transformer": draw_weights(transformer).to(dtype),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
 
 

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from .adapter_sd import StableDiffusionAdapter as StableDiffusionAdapter  # registers itself, as the next ones do
+from .adapter_sd3 import StableDiffusion3Adapter as StableDiffusion3Adapter
 from .adapter_sdxl import StableDiffusionXLAdapter as StableDiffusionXLAdapter
 from .adapters import FamilyAdapter, choose_adapter
 from .calls import EditCall, InvertCall
