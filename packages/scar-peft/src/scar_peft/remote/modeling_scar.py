@@ -31,7 +31,7 @@ ROWS = "concepts"
 _ADAPTER = "default"
 
 
-class ConceptLayer(nn.Module, SteeringHook):
+class ConceptLayer(SteeringHook, nn.Module):
     """The rows of all concepts at one module, in float32, and the hook that uses them."""
 
     def __init__(self, layer_index: int, settings: ConceptSettings, width: int) -> None:
