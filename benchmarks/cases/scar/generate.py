@@ -40,6 +40,7 @@ QUICK = Shape("tiny", 32, 64, 2, 4, 2, 64)
 BATCHES = (1, 8, 32)
 PROMPT = 8
 BYTES = 2  # bfloat16
+ROUNDS = 3  # a step of a large model on a CPU takes seconds
 SPARE = 0.7  # of the free memory that a model may take
 
 
@@ -89,9 +90,9 @@ def build(options: Options) -> list[Fact]:
         size = {"model": shape.name, "B": batch}
         step, hook = decoder.step(batch), decoder.hook(batch)
         set_steering(decoder.model, "concept", -1.0, rule="scale")
-        steps, hooks = _alternate(options, step, hook)
+        steps, hooks = _alternate(options.device, step, hook)
         set_steering(decoder.model, None)
-        _, neutral = _alternate(options, step, hook)
+        (neutral,) = _alternate(options.device, hook)
         facts += [
             Fact(name="scar.generate.step", value=1e3 * steps, unit="ms", size=size),
             Fact(name="scar.generate.steering", value=1e6 * hooks, unit="us", size=size),
@@ -135,12 +136,12 @@ def _random_llama(shape: Shape, device: str) -> nn.Module:
     return model.eval()
 
 
-def _alternate(options: Options, *calls: Callable[[], Any]) -> list[float]:
+def _alternate(device: str, *calls: Callable[[], Any]) -> list[float]:
     """Median wall seconds of each call, turn by turn."""
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(3 if options.quick else options.rounds):
+    for _ in range(ROUNDS):
         for call, own in zip(calls, times, strict=True):
-            own.append(_seconds(call, options.device))
+            own.append(_seconds(call, device))
     return [median(own) for own in times]
 
 
