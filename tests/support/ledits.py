@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -170,6 +171,32 @@ def sd3_components(*, dtype: torch.dtype = torch.float32, with_t5: bool = True, 
         "tokenizer_3": tokenizer() if with_t5 else None,
         "transformer": draw_weights(transformer).to(dtype),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+def flux_components(*, dtype: torch.dtype = torch.float32, **fields: Any) -> dict[str, Any]:
+    """Components of FluxPipeline."""
+    transformer = FluxTransformer2DModel(
+        **({
+            "in_channels": 16,
+            "num_layers": 3,
+            "num_single_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": WIDTH,
+            "pooled_projection_dim": WIDTH,
+            "guidance_embeds": True,
+            "axes_dims_rope": (2, 2, 4),
+        } | fields)
+    )  # fmt: skip
+    return {
+        "vae": vae(shift_factor=0.06, scaling_factor=1.3).to(dtype),
+        "text_encoder": draw_weights(CLIPTextModel(text_config())).to(dtype),
+        "text_encoder_2": t5(WIDTH).to(dtype),
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer(),
+        "transformer": draw_weights(transformer).to(dtype),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     }
 
 

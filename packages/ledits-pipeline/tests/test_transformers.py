@@ -20,7 +20,7 @@ STEPS = 4
 
 @functools.cache
 def components(family: str, dtype: torch.dtype) -> dict[str, Any]:
-    return {"sd3": ledits.sd3_components}[family](dtype=dtype)
+    return {"sd3": ledits.sd3_components, "flux": ledits.flux_components}[family](dtype=dtype)
 
 
 def pipeline(family: str = "sd3", dtype: torch.dtype = torch.float32, **changes: Any) -> LEditsPipeline:
@@ -51,7 +51,7 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["sd3"])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
 @pytest.mark.parametrize("mode", ["exact", "paired"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("fields", FIELDS)
@@ -63,7 +63,7 @@ def test_reconstruction(family: str, mode: str, dtype: torch.dtype, fields: dict
     assert error(pipe, 2) <= (1e-5 if mode == "exact" else 0.0)
 
 
-@pytest.mark.parametrize("family", ["sd3"])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
 @pytest.mark.parametrize("mode", ["exact", "paired"])
 def test_a_batch_gives_what_its_pictures_give_alone(family: str, mode: str) -> None:
     pipe, fields = pipeline(family, torch.float64), {"num_inversion_steps": STEPS, "inversion": mode}
@@ -116,6 +116,75 @@ def test_joint_attention_mass_is_that_of_the_whole_softmax() -> None:
         handle.remove()
     assert maps.shape == (2, 8, 12)
     torch.testing.assert_close(maps.flatten(1), torch.stack(found).mean(0), rtol=1e-6, atol=1e-9)
+
+
+def test_flux_attention_mass_is_that_of_the_whole_softmax() -> None:
+    from diffusers.models.transformers import transformer_flux
+
+    from ledits_pipeline import CallContext
+
+    pipe, latent_size = pipeline("flux", torch.float64), (16, 24)
+    adapter = pipe.adapter
+    rows = adapter.encode_prompts(PromptRequest(rows=2, prompts=["cat", "dog bite"], wants_tokens=True))
+    latents, found = torch.randn(2, 4, *latent_size, dtype=torch.float64), []
+    words = rows.embeds.shape[1]
+
+    def look(query: Any, key: Any, value: Any, **fields: Any) -> Any:
+        scores = torch.einsum("rqhd,rkhd->rhqk", query, key) / query.shape[-1] ** 0.5
+        mass = scores.softmax(-1)[:, :, words:, :words] * rows.token_weights[:, None, None].double()
+        found.append(mass.sum(-1).mean(1))
+        return attend(query, key, value, **fields)
+
+    attend, transformer_flux.dispatch_attention_fn = transformer_flux.dispatch_attention_fn, look
+    try:
+        with torch.no_grad(), adapter.recording(latent_size) as recorder:
+            recorder.begin(rows.token_weights, 0)
+            adapter.denoise(latents, torch.tensor(500.0), rows, CallContext(size=(32, 48)))
+            maps = adapter.attention_maps(recorder, latent_size)
+    finally:
+        transformer_flux.dispatch_attention_fn = attend
+    assert recorder.layers == 3
+    torch.testing.assert_close(maps.flatten(1), torch.stack(found[:3]).mean(0), rtol=1e-5, atol=1e-8)
+
+
+def test_flux_tokens_and_prompts_are_those_of_its_own_pipeline() -> None:
+    from diffusers import FluxPipeline
+
+    from ledits_pipeline.adapter_flux import image_positions, pack, unpack
+
+    latents = torch.randn(2, 4, 8, 12)
+    assert torch.equal(pack(latents), FluxPipeline._pack_latents(latents, 2, 4, 8, 12))
+    assert torch.equal(unpack(pack(latents), 4, 6), latents)
+    cpu = torch.device("cpu")
+    assert torch.equal(image_positions(4, 6), FluxPipeline._prepare_latent_image_ids(1, 4, 6, cpu, torch.float32))
+    own = FluxPipeline(**components("flux", torch.float32))
+    with torch.no_grad():
+        expected, pooled, _ = own.encode_prompt("cat", None)
+        rows = pipeline("flux").adapter.encode_prompts(PromptRequest(rows=1, prompts=["cat"], wants_tokens=True))
+    torch.testing.assert_close(rows.embeds, expected)
+    torch.testing.assert_close(rows.extras["pooled"], pooled)
+    assert rows.token_weights.nonzero()[:, 1].tolist() == [1, 2, 3]
+
+
+def test_embedded_guidance_is_kept_by_the_inversion() -> None:
+    pipe = pipeline("flux")
+    fields: dict[str, Any] = {"num_inversion_steps": STEPS, "generator": ledits.seeded()}
+    pipe.invert(pictures(1), guidance_scale=1.0, **fields)
+    assert error(pipe, 1) <= 1e-5
+    assert pipe.inversion.condition.guidance_scale == 1.0
+    low = pipe.zs.clone()
+    pipe.invert(pictures(1), **(fields | {"generator": ledits.seeded()}))
+    assert not torch.equal(low, pipe.zs)
+
+
+def test_flux_noise_levels_are_those_of_its_own_pipeline() -> None:
+    import numpy as np
+
+    pipe = pipeline("flux")
+    made = pipe.invert(ledits.picture(64, 64), num_inversion_steps=STEPS, skip=0.0, inversion="paired")
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / STEPS, STEPS), mu=0.5)  # 256 image tokens: the low end
+    torch.testing.assert_close(torch.tensor(made.schedule.sigmas), scheduler.sigmas)
 
 
 def test_column_mass_is_the_sum_of_probabilities() -> None:

@@ -18,7 +18,7 @@ from .solver import Schedule, SolverName
 from .text import clip_token_weights, encode_once, lora_scaled, tokenize
 from .vae import decode_latents, encode_pixels
 
-_JOINT_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.attn$")
+_JOINT_BLOCK = re.compile(r"(?:^|\.)transformer_blocks\.(\d+)\.attn$")
 
 
 class FlowTransformerAdapter(FamilyAdapter):
@@ -26,6 +26,8 @@ class FlowTransformerAdapter(FamilyAdapter):
 
     denoiser_name = "transformer"
     recorder_wrapper: ClassVar[type]
+    has_even_sigmas: ClassVar[bool] = False
+    """Noise levels are evenly spaced before shifting, from 1 on."""
     mask_blocks: Sequence[int] | None = None
     """Joint blocks that M1 is read from; None: the middle half. Set it on the pipeline's adapter to change it."""
 
@@ -46,7 +48,8 @@ class FlowTransformerAdapter(FamilyAdapter):
         return private
 
     def schedule(self, scheduler: Any, steps: int, skip: float, *, solver: SolverName | None, eta: float) -> Schedule:
-        return flow_schedule(scheduler, steps, skip, scheduler.config.ledits_tokens, solver=solver, eta=eta)
+        tokens, is_even = scheduler.config.ledits_tokens, self.has_even_sigmas
+        return flow_schedule(scheduler, steps, skip, tokens, is_even=is_even, solver=solver, eta=eta)
 
     def scheduler_stepper(self, scheduler: Any, schedule: Schedule) -> NoReturn:
         raise ValueError(
@@ -59,6 +62,20 @@ class FlowTransformerAdapter(FamilyAdapter):
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode_latents(self.pipe.vae, latents)
+
+    def given_rows(self, request: PromptRequest, device: torch.device, dtype: torch.dtype) -> PromptRows:
+        """Rows of embeddings that the user made; `"pooled"` goes with them."""
+        assert request.embeds is not None
+        if request.pooled is None:
+            which = "negative" if request.is_negative else "editing"
+            raise ValueError(
+                f"{which}_prompt_embeds needs {which}_pooled_prompt_embeds with it: this model reads both."
+            )
+        embeds, pooled = request.embeds.to(device, dtype), request.pooled.to(device, dtype)
+        if embeds.shape[0] == 1:
+            embeds, pooled = embeds.expand(request.rows, -1, -1), pooled.expand(request.rows, -1)
+        weights = clip_token_weights(request, None, embeds.shape[0], embeds.shape[1], device)
+        return PromptRows(embeds, {"pooled": pooled}, weights)
 
     def mask_grid(self, latent_size: tuple[int, int]) -> tuple[int, int]:
         return latent_size[0] // self.patch_size, latent_size[1] // self.patch_size
@@ -129,7 +146,7 @@ class StableDiffusion3Adapter(FlowTransformerAdapter):
     def encode_prompts(self, request: PromptRequest) -> PromptRows:
         device, dtype = self.pipe._execution_device, self.denoiser.dtype
         if request.embeds is not None:
-            return self._given_rows(request, device, dtype)
+            return self.given_rows(request, device, dtype)
         texts = list(request.prompts or [""] * request.rows)
         skip = None if request.is_negative else request.clip_skip
         with lora_scaled([self.pipe.text_encoder, self.pipe.text_encoder_2], request.lora_scale):
@@ -149,19 +166,6 @@ class StableDiffusion3Adapter(FlowTransformerAdapter):
                 weights = clip_token_weights(request, None, len(texts), embeds.shape[1], device)
         pooled = torch.cat([pooled_1, pooled_2], dim=-1)
         return PromptRows(embeds.to(device, dtype), {"pooled": pooled.to(device, dtype)}, weights)
-
-    def _given_rows(self, request: PromptRequest, device: torch.device, dtype: torch.dtype) -> PromptRows:
-        assert request.embeds is not None
-        if request.pooled is None:
-            which = "negative" if request.is_negative else "editing"
-            raise ValueError(
-                f"{which}_prompt_embeds needs {which}_pooled_prompt_embeds with it: this model reads both."
-            )
-        embeds, pooled = request.embeds.to(device, dtype), request.pooled.to(device, dtype)
-        if embeds.shape[0] == 1:
-            embeds, pooled = embeds.expand(request.rows, -1, -1), pooled.expand(request.rows, -1)
-        weights = clip_token_weights(request, None, embeds.shape[0], embeds.shape[1], device)
-        return PromptRows(embeds, {"pooled": pooled}, weights)
 
     def _clip(
         self, tokenizer: Any, encoder: Any, texts: list[str], clip_skip: int | None

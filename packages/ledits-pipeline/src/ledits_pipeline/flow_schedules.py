@@ -37,6 +37,7 @@ def flow_schedule(
     skip: float,
     tokens: int,
     *,
+    is_even: bool = False,
     solver: SolverName | None = None,
     eta: float = 1.0,
 ) -> Schedule:
@@ -47,6 +48,7 @@ def flow_schedule(
         num_inversion_steps: N, the steps that are kept.
         skip: share of the whole schedule that is left out at its noisy end.
         tokens: image tokens of the model, for schedulers that shift by them.
+        is_even: noise levels are 1, 1 - 1/n, ... before shifting, as Flux takes them.
         solver: None: `"first_order"`.
         eta: share of fresh noise.
     """
@@ -57,7 +59,8 @@ def flow_schedule(
             f"num_inversion_steps must leave distinct timesteps: {num_inversion_steps} steps with skip {skip} need "
             f"{total} of the scheduler's {private.config.num_train_timesteps}."
         )
-    private.set_timesteps(total, mu=dynamic_shift(private, tokens))
+    levels = [1.0 - k / total for k in range(total)] if is_even else None
+    private.set_timesteps(None if is_even else total, sigmas=levels, mu=dynamic_shift(private, tokens))
     sigmas = private.sigmas[-(num_inversion_steps + 1) :].double()
     timesteps = private.timesteps[-num_inversion_steps:].float()
     alphas = tuple((1.0 - sigmas).tolist())

@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,7 @@ from diffusers import (
 )
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import (
     CLIPTextModel,
@@ -28,14 +31,19 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from .adapter_sd import StableDiffusionAdapter as StableDiffusionAdapter  # registers itself, as the next ones do
+from .adapter_flux import FluxAdapter as FluxAdapter  # registers itself, as the next ones do
+from .adapter_sd import StableDiffusionAdapter as StableDiffusionAdapter
 from .adapter_sd3 import StableDiffusion3Adapter as StableDiffusion3Adapter
 from .adapter_sdxl import StableDiffusionXLAdapter as StableDiffusionXLAdapter
 from .adapters import FamilyAdapter, choose_adapter
 from .calls import EditCall, InvertCall
+from .hub import is_packaged, keeps_card, pipeline_card, write_code
 from .inversion import LEditsInversion, Mode
 from .output import LEditsOutput
 from .solver import SolverName
+
+_UPLOADING = ("commit_message", "private", "create_pr", "token", "repo_id", "license")
+"""Keywords of `save_pretrained` that are about the upload."""
 
 
 class LEditsPipeline(DiffusionPipeline):
@@ -149,6 +157,72 @@ class LEditsPipeline(DiffusionPipeline):
         if (origin := pipeline.config.get("_name_or_path")) is not None:
             made.register_to_config(_name_or_path=origin)
         return made.to(dtype=dtype) if dtype is not None else made
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *args: Any,
+        push_to_hub: bool = False,
+        push_code: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the pipeline into a folder.
+
+        Args:
+            save_directory: made if it does not exist.
+            *args: see `DiffusionPipeline.save_pretrained`.
+            push_to_hub: upload it, too; `repo_id` and further keywords go to `push_to_hub`.
+            push_code: add `pipeline.py`, so that `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` works
+                without this package, and nothing else does. None: only when this is such a copy itself.
+            **kwargs: see `DiffusionPipeline.save_pretrained`.
+        """
+        uploading = {name: kwargs.pop(name) for name in _UPLOADING if name in kwargs}
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+        if push_code if push_code is not None else not is_packaged():
+            write_code(save_directory)
+        if push_to_hub:
+            options = {name: value for name, value in kwargs.items() if name in ("safe_serialization", "variant")}
+            self.push_to_hub(uploading.pop("repo_id", Path(save_directory).name), **uploading, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        push_code: bool = True,
+        license: str | None = None,  # noqa: A002
+    ) -> str:
+        """Upload the pipeline in one commit, with a card whose code runs; a card that somebody wrote stays.
+
+        Args:
+            repo_id: `"user/name"`; made if it does not exist.
+            commit_message: first line of the commit.
+            private: whether a new repository is hidden from others.
+            token: of the Hub; None: the one that is logged in.
+            create_pr: propose the commit instead of making it.
+            safe_serialization: keep it True.
+            variant: see `DiffusionPipeline.save_pretrained`.
+            push_code: see `save_pretrained`; False uploads what readers need this package for.
+            license: of the weights, for the card.
+
+        Returns:
+            The commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant, push_code=push_code)
+            if not keeps_card(repo_id, token=token):
+                steps = self.adapter.defaults.num_inversion_steps
+                card = pipeline_card(repo_id, family=self.adapter.name, steps=steps, license=license)
+                card.save(f"{folder}/README.md")
+            message = commit_message or "Upload LEDITS++ pipeline"
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, create_pr=create_pr)
 
     def __getattr__(self, name: str) -> Any:
         """Loader methods of the family (LoRA, textual inversion, IP-Adapter) are the pipeline's, too."""
