@@ -150,6 +150,7 @@ def test_control_pictures_steer_every_row_and_are_kept(mode: str) -> None:
     assert not torch.equal(controlled, edited(pipe, controlnet_conditioning_scale=0.1))
 
 
+@pytest.mark.slow
 def test_compiled_models_stay_whole_and_compile_once() -> None:
     from torch._dynamo.utils import counters
 

@@ -46,7 +46,15 @@ def reconstruct(pipe: LEditsPipeline, batch: int = 1, edit: dict[str, Any] | Non
 @pytest.mark.parametrize("mode", ["exact", "paired"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(("steps", "skip", "batch"), [(4, 0.0, 3), (12, 0.2, 1), (30, 0.5, 1)])
+@pytest.mark.parametrize(
+    ("steps", "skip", "batch"),
+    [
+        (4, 0.0, 3),
+        (12, 0.2, 1),
+        pytest.param(30, 0.5, 1, marks=pytest.mark.slow),
+        pytest.param(12, 0.5, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_reconstruction(mode: str, dtype: torch.dtype, prediction: str, steps: int, skip: float, batch: int) -> None:
     pipe = pipeline(dtype=dtype, scheduler=ledits.scheduler(prediction_type=prediction, steps_offset=1))
     found = reconstruct(pipe, batch, num_inversion_steps=steps, skip=skip, inversion=mode)
