@@ -35,7 +35,7 @@ def bundle(entry: Path) -> str:
 def _modules(entry: Path) -> list[Path]:
     """`entry` and its siblings: what a module imports at its top comes before it, what its functions import may not."""
     order: list[Path] = []
-    late = []
+    late: list[Path] = []
 
     def visit(path: Path, above: tuple[Path, ...] = ()) -> None:
         if path in order or path in above:
