@@ -160,10 +160,26 @@ def test_words_of_a_tokenizer_without_start_token_count(family: str) -> None:
 
 
 def test_stable_diffusion_3_without_t5() -> None:
-    pipe = pipeline("sd3", text_encoder_3=None, tokenizer_3=None)
+    without: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None}
+    pipe, pipe_parts = pipeline("sd3", **without), components("sd3", torch.float32) | without
     invert(pipe)
     assert (pipe(output_type="latent").images - clean(pipe)).abs().max() <= 1e-5
     assert pipe(editing_prompt="cat", output_type="latent").masks.any()
+    own = StableDiffusion3Img2ImgPipeline(**pipe_parts)
+    with torch.no_grad():
+        expected, _, _, _ = own.encode_prompt("cat", None, None, do_classifier_free_guidance=False)
+        rows = pipe.adapter.encode_prompts(PromptRequest(rows=1, prompts=["cat"], wants_tokens=True))
+    torch.testing.assert_close(rows.embeds, expected)
+    assert rows.token_weights.nonzero()[:, 1].tolist() == [1, 2, 3]
+
+
+@both_families
+def test_a_compiled_transformer_is_recognized(family: str) -> None:
+    compiled = torch.compile(components(family, torch.float32)["transformer"], backend="eager")
+    adapter = pipeline(family, transformer=compiled).adapter
+    assert type(adapter) is type(pipeline(family).adapter)
+    with adapter.recording((16, 24)) as recorder:
+        assert recorder.layers > 0
 
 
 def test_every_row_of_a_distilled_model_gets_the_same_guidance() -> None:

@@ -70,7 +70,7 @@ class FluxAdapter(FlowTransformerAdapter):
 
     @classmethod
     def matches(cls, pipe: Any) -> bool:
-        return type(pipe.transformer).__name__ == "FluxTransformer2DModel"
+        return cls.is_denoiser(pipe.transformer, "FluxTransformer2DModel")
 
     def encode_prompts(self, request: PromptRequest) -> PromptRows:
         pipe, device, dtype = self.pipe, self.pipe._execution_device, self.denoiser.dtype

@@ -1071,6 +1071,11 @@ class FlowTransformerAdapter(FamilyAdapter):
     mask_blocks: Sequence[int] | None = None
     """Joint blocks that M1 is read from; None: the middle half. Set it on the pipeline's adapter to change it."""
 
+    @staticmethod
+    def is_denoiser(model: Any, class_name: str) -> bool:
+        """Whether the model, or what was compiled to it, is of the class."""
+        return type(getattr(model, "_orig_mod", model)).__name__ == class_name
+
     @property
     def patch_size(self) -> int:
         """Latent positions per token along a side."""
@@ -1181,7 +1186,7 @@ class StableDiffusion3Adapter(FlowTransformerAdapter):
 
     @classmethod
     def matches(cls, pipe: Any) -> bool:
-        return type(pipe.transformer).__name__ == "SD3Transformer2DModel"
+        return cls.is_denoiser(pipe.transformer, "SD3Transformer2DModel")
 
     def encode_prompts(self, request: PromptRequest) -> PromptRows:
         device, dtype = self.pipe._execution_device, self.denoiser.dtype
@@ -1194,7 +1199,7 @@ class StableDiffusion3Adapter(FlowTransformerAdapter):
             second, pooled_2, _ = self._clip(
                 self.pipe.tokenizer_2, self.pipe.text_encoder_2, list(request.prompts_2 or texts), skip
             )
-        words, word_weights = self._t5(list(request.prompts_3 or texts), tokens)
+        words, word_weights = self._t5(list(request.prompts_3 or texts))
         short = torch.cat([first, second], dim=-1)
         embeds = torch.cat([F.pad(short, (0, words.shape[-1] - short.shape[-1])), words.to(short)], dim=1)
         weights = None
@@ -1220,13 +1225,14 @@ class StableDiffusion3Adapter(FlowTransformerAdapter):
         hidden, pooled = encode_once(tokens, outputs)
         return hidden, pooled, tokens
 
-    def _t5(self, texts: list[str], clip_tokens: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def _t5(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings `[n, L, D]` (zeros without a T5 encoder) and which columns are words `[n, L]`."""
         pipe, device = self.pipe, self.pipe._execution_device
         if pipe.text_encoder_3 is None:
-            length = clip_tokens[0]["input_ids"].shape[-1]
+            # columns of zeros still take part in attention, so there are as many as with the encoder
+            shape = (len(texts), self.max_t5_tokens)
             width = self.denoiser.config.joint_attention_dim
-            return torch.zeros(len(texts), length, width, device=device), torch.zeros(len(texts), length)
+            return torch.zeros(*shape, width, device=device), torch.zeros(shape)
         rows = tokenize(pipe.tokenizer_3, texts, max_length=self.max_t5_tokens)
         (embeds,) = encode_once(rows, lambda row: (pipe.text_encoder_3(row["input_ids"].to(device))[0],))
         return embeds, word_columns(pipe.tokenizer_3, rows)
@@ -1316,7 +1322,7 @@ class FluxAdapter(FlowTransformerAdapter):
 
     @classmethod
     def matches(cls, pipe: Any) -> bool:
-        return type(pipe.transformer).__name__ == "FluxTransformer2DModel"
+        return cls.is_denoiser(pipe.transformer, "FluxTransformer2DModel")
 
     def encode_prompts(self, request: PromptRequest) -> PromptRows:
         pipe, device, dtype = self.pipe, self.pipe._execution_device, self.denoiser.dtype
