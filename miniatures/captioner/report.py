@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from miniatures.outputs import insert
+
 HERE = Path(__file__).parent
-START, END = "<!-- results -->", "<!-- /results -->"
 COLUMNS = {
     "precision": "mAP",
     "precision_iq": "mAP_IQ",
@@ -39,23 +39,11 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def insert(text: str, results: dict[str, Any]) -> str:
-    """Put the tables between the README's two marks.
-
-    Raises:
-        ValueError: the marks are missing.
-    """
-    pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"text must contain {START} and {END}, the place of the tables.")
-    return pattern.sub(lambda _: f"{START}\n{tables(results)}\n{END}", text)
-
-
 def main() -> None:
     """Command line."""
     readme = HERE / "README.md"
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
-    readme.write_text(insert(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+    readme.write_text(insert(readme.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
 
 
 def _table(head: str, rows: dict[str, dict[str, float]], columns: dict[str, str]) -> str:

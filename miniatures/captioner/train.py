@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +19,7 @@ from miniatures.captioner.model import Sizes, build_model, build_processor
 from miniatures.captioner.questions import words
 from miniatures.captioner.scenes import Composer, emoji_composer
 from miniatures.captioner.training import Learner, Schedule, make_batch, train_stage
+from miniatures.outputs import written_aside
 from miniatures.tfree.training import keep_freed_memory
 
 RUNS = Path(__file__).with_name("runs")
@@ -84,17 +83,11 @@ def train_stages(
 
 def save_checkpoint(learner: Learner, processor: LlavaProcessor, metrics: dict[str, Any], out: Path) -> None:
     """Write model (float16), processor, metrics and card aside, then put them in the place of `out`."""
-    partial_folder, previous = out.with_name(out.name + ".partial"), out.with_name(out.name + ".previous")
-    for folder in (partial_folder, previous):
-        shutil.rmtree(folder, ignore_errors=True)
-    learner.model.to("cpu").half().save_pretrained(partial_folder)
-    processor.save_pretrained(partial_folder)
-    (partial_folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    write_card(partial_folder, metrics)
-    if out.exists():
-        os.replace(out, previous)
-    os.replace(partial_folder, out)
-    shutil.rmtree(previous, ignore_errors=True)
+    with written_aside(out) as folder:
+        learner.model.to("cpu").half().save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_card(folder, metrics)
 
 
 def _parser() -> argparse.ArgumentParser:

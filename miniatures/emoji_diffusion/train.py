@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +32,7 @@ from miniatures.emoji_diffusion.stages import (
     training_pictures,
 )
 from miniatures.emoji_diffusion.training import Schedule, train_stage
+from miniatures.outputs import written_aside
 from miniatures.tfree.training import keep_freed_memory
 
 RUNS = Path(__file__).with_name("runs")
@@ -142,19 +141,13 @@ def _train_autoencoder(
 
 def save_checkpoint(pipeline: StableDiffusionPipeline, metrics: dict[str, Any], out: Path) -> None:
     """Write pipeline (float16), metrics and card aside, then put them in the place of `out`."""
-    partial_folder, previous = out.with_name(out.name + ".partial"), out.with_name(out.name + ".previous")
-    for folder in (partial_folder, previous):
-        shutil.rmtree(folder, ignore_errors=True)
     pipeline.to("cpu")
     for part in (pipeline.vae, pipeline.unet):  # not the text encoder: transformers would load it in half precision
         part.half()
-    pipeline.save_pretrained(partial_folder)
-    (partial_folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    write_card(partial_folder, metrics)
-    if out.exists():
-        os.replace(out, previous)
-    os.replace(partial_folder, out)
-    shutil.rmtree(previous, ignore_errors=True)
+    with written_aside(out) as folder:
+        pipeline.save_pretrained(folder)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_card(folder, metrics)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from miniatures.outputs import insert
 from miniatures.scar.figure import draw_curves
 from miniatures.scar.steered import AWAY, OFF, ON, TOWARDS
 from miniatures.scar.summary import bars, detected, mean_curve, runs_of
 from miniatures.tfree.evaluate import mean_and_sd
 
 HERE = Path(__file__).parent
-START, END = "<!-- results -->", "<!-- /results -->"
 MEASURES = {
     "token_auroc": "word AUROC of the concept's latent",
     "token_auroc_pre": "... of its pre-activation",
@@ -52,23 +51,11 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def insert(text: str, results: dict[str, Any]) -> str:
-    """Put the tables between the README's two marks.
-
-    Raises:
-        ValueError: the marks are missing.
-    """
-    pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"text must contain {START} and {END}, the place of the tables.")
-    return pattern.sub(lambda _: f"{START}\n{tables(results)}\n{END}", text)
-
-
 def main() -> None:
     """Command line."""
     readme = HERE / "README.md"
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
-    readme.write_text(insert(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+    readme.write_text(insert(readme.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
     draw_curves(results, HERE / "steering.png")
 
 

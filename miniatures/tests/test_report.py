@@ -2,8 +2,9 @@
 
 import pytest
 
+from miniatures.outputs import END, START
 from miniatures.tfree import report as report_module
-from miniatures.tfree.report import BEGIN, END, draw, report, write_report
+from miniatures.tfree.report import draw, report, write_report
 
 
 def result(model, seed, bits):
@@ -37,10 +38,10 @@ def test_samples_are_those_of_the_first_seed_on_one_line():
 def test_only_the_text_between_the_markers_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(report_module, "draw", lambda results, path: None)
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
     write_report(RESULTS, tmp_path)
     text = page.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n")
+    assert text.startswith(f"before\n{START}\n")
     assert text.endswith(f"\n{END}\nafter\n")
     assert "old" not in text
 
@@ -56,5 +57,5 @@ def test_the_picture_has_a_panel_for_each_of_two_measures(tmp_path):
 
 def test_a_page_without_markers_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("text")
-    with pytest.raises(ValueError, match="must contain the lines"):
+    with pytest.raises(ValueError, match="text must contain <!-- results --> and <!-- /results -->"):
         write_report(RESULTS, tmp_path)

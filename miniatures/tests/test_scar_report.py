@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 
 import scar_peft
+from miniatures.outputs import END, START, insert
 from miniatures.scar.base import load_base
-from miniatures.scar.report import END, MEASURES, START, insert, tables
+from miniatures.scar.report import MEASURES, tables
 from miniatures.scar.steered import AWAY, OFF, ON, TOWARDS, plans
 from miniatures.scar.summary import bars, mean_curve, turn_back
 from miniatures.scar.writing import Writer
@@ -94,11 +95,11 @@ def test_turning_back_is_the_largest_fall(values, expected):
 
 
 def test_tables_stand_between_the_marks(results):
-    text = insert(f"before\n{START}\nstale\n{END}\nafter", results)
+    text = insert(f"before\n{START}\nstale\n{END}\nafter", tables(results))
     assert text.startswith(f"before\n{START}\n|") and text.endswith(f"{END}\nafter") and "stale" not in text
     assert "| german, conditioned | 0 / 10 | 0 / 10 | 0 / 10 | 0 / 10 | 0 / 10 | 98 ± 3 / 10 |" in text
     with pytest.raises(ValueError, match="must contain"):
-        insert("no marks", results)
+        insert("no marks", tables(results))
 
 
 def test_the_page_shows_the_committed_results(committed):

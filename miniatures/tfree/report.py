@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from miniatures.outputs import insert
 from miniatures.tfree.evaluate import mean_and_sd
 
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 TITLES = {"tfree-dictionary_ce": "T-FREE, dictionary_ce", "tfree-bce": "T-FREE, bce", "bpe": "byte-level BPE"}
 MEASURES = (
     ("bits_per_byte", "bits per byte", 1.0, 3),
@@ -31,14 +31,10 @@ def write_report(results: list[Result], folder: Path) -> None:
         ValueError: `README.md` lacks the markers.
     """
     page = folder / "README.md"
-    text = page.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} must contain the lines {BEGIN} and {END}.")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
+    text = insert(page.read_text(encoding="utf-8"), report(results))
     draw(results, folder / "comparison.png")
     partial = page.with_name(page.name + ".partial")
-    partial.write_text(f"{before}{BEGIN}\n{report(results)}\n{END}{after}", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, page)
 
 

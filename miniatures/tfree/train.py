@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from miniatures.outputs import written_aside
 from miniatures.tfree.card import write_card
 from miniatures.tfree.contenders import Body, Contender, Hashing
 from miniatures.tfree.experiment import (
@@ -79,17 +78,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def save_checkpoint(contender: Contender, metrics: dict[str, Any], out: Path) -> None:
     """Write model (float16), tokenizer, metrics and card aside, then put them in the place of `out`."""
-    partial, previous = out.with_name(out.name + ".partial"), out.with_name(out.name + ".previous")
-    for folder in (partial, previous):
-        shutil.rmtree(folder, ignore_errors=True)
-    contender.model.to("cpu").half().save_pretrained(partial, max_shard_size="4MB")
-    contender.tokenizer.save_pretrained(partial)
-    (partial / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_card(partial, metrics)
-    if out.exists():
-        os.replace(out, previous)
-    os.replace(partial, out)
-    shutil.rmtree(previous, ignore_errors=True)
+    with written_aside(out) as folder:
+        contender.model.to("cpu").half().save_pretrained(folder, max_shard_size="4MB")
+        contender.tokenizer.save_pretrained(folder)
+        text = json.dumps(metrics, indent=2, ensure_ascii=False)
+        (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        write_card(folder, metrics)
 
 
 def _parser() -> argparse.ArgumentParser:

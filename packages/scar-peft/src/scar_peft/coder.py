@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .remote.rows_scar import FoldedConcepts
+from .remote.settings_scar import ELEMENTWISE
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "topk": torch.relu,
-    "topk-sigmoid": torch.sigmoid,
-    "topk-tanh": torch.tanh,
-    "relu": torch.relu,
+    name: getattr(torch, function) for name, function in ELEMENTWISE.items()
 }
 
 
@@ -48,19 +48,6 @@ class Standardized(NamedTuple):
     """[..., 1]."""
     std: Tensor
     """[..., 1], unbiased, without eps."""
-
-
-class FoldedConcepts(NamedTuple):
-    """What scoring and steering C concepts needs of a coder: C rows instead of n."""
-
-    encoder: Tensor
-    """Rows of E, [C, d]."""
-    encoder_sum: Tensor
-    """Their sums, [C]: E_c . x - mean encoder_sum_c = E_c . (x - mean), for kernels that do not center rows."""
-    bias: Tensor
-    """b_lat - E b_pre, [C]."""
-    decoder: Tensor
-    """Columns of D as rows, [C, d]."""
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:

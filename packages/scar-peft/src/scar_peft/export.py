@@ -16,7 +16,7 @@ from .card import TAGS
 from .coder import fold_concepts
 from .config import ScarConfig
 from .layer import ScarLayer, scar_layers
-from .remote.modeling_scar import ROWS, ConceptRows, steered_class
+from .remote.modeling_scar import ROWS, steered_class
 from .remote.section_scar import ScarSection
 from .remote.settings_scar import ELEMENTWISE
 
@@ -143,7 +143,7 @@ def _tensors(base: nn.Module, layers: list[ScarLayer], adapter_name: str) -> dic
     for layer in layers:
         count = len(layer.config(adapter_name).concepts)
         with torch.no_grad():
-            rows = ConceptRows(*fold_concepts(layer.weights(adapter_name), count))
+            rows = fold_concepts(layer.weights(adapter_name), count)
         place = names[layer.get_base_layer()]
         tensors |= {f"{place}.{ROWS}.{name}": row.float().contiguous() for name, row in rows._asdict().items()}
     return tensors

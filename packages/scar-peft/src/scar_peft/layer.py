@@ -8,10 +8,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .coder import CoderWeights, fold_concepts
+from .coding import code, encode_kept
 from .config import ScarConfig
-from .remote.hook_scar import ConceptRows, SteeringHook
-from .remote.kernels_coder_scar import sae_encode_topk, topk_sparse_decode
-from .remote.settings_scar import ELEMENTWISE, ConceptSettings, Gate
+from .remote.hook_scar import SteeringHook
+from .remote.rows_scar import FoldedConcepts
+from .remote.settings_scar import ConceptSettings, Gate
 from .remote.steering_scar import start_steering
 from .remote.strengths_scar import Plan, Wishes
 
@@ -46,7 +47,7 @@ class ScarLayer(SteeringHook, nn.Module, BaseTunerLayer):
         self.scar_pre_bias = nn.ParameterDict()  # [d]
         self.scar_latent_bias = nn.ParameterDict()  # [n]
         self.configs: dict[str, ScarConfig] = {}
-        self.folded: dict[str, tuple[Any, ConceptRows]] = {}
+        self.folded: dict[str, tuple[Any, FoldedConcepts]] = {}
         self._disable_adapters = False  # peft's class attribute; torch.compile looks where an attribute lies
         self.attach(target, owner)
 
@@ -82,7 +83,7 @@ class ScarLayer(SteeringHook, nn.Module, BaseTunerLayer):
         """The adapter's configuration."""
         return self.configs[adapter]
 
-    def concept_rows(self, adapter: str) -> ConceptRows:
+    def concept_rows(self, adapter: str) -> FoldedConcepts:
         """The concepts' weights, folded once for each change of the weights."""
         weights = self.weights(adapter)
         if torch.compiler.is_compiling():
@@ -128,22 +129,18 @@ class ScarLayer(SteeringHook, nn.Module, BaseTunerLayer):
 
     def kept(self, adapter: str, hidden: Tensor) -> Tensor:
         """Which concepts are among the latents that the coder keeps [..., C]."""
-        config = self.config(adapter)
+        config, rows = self.config(adapter), hidden.reshape(-1, hidden.shape[-1])
         C = len(config.concepts)
-        _, indices, _, _ = self._encode(adapter, hidden.reshape(-1, hidden.shape[-1]))
+        _, indices, _, _ = encode_kept(rows, self._wide_weights(adapter, rows), config)
         concepts = torch.arange(C, device=indices.device, dtype=indices.dtype)
         return (indices[:, None, :] == concepts[:, None]).any(-1).view(*hidden.shape[:-1], C)
 
     def reconstruction(self, adapter: str, hidden: Tensor) -> Tensor:
         """What the coder makes of `hidden` [..., d], unchanged concepts and all."""
-        config, weights = self.config(adapter), self._wide_weights(adapter, hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        values, indices, mean, std = self._encode(adapter, rows)
-        latents = _FUNCTIONS[ELEMENTWISE[config.activation]](values)
-        decoded = topk_sparse_decode(
-            indices, latents, self._decoder_rows(adapter, weights), scale=std, shift=mean, bias=weights.pre_bias
-        )
-        return decoded.view(hidden.shape)
+        self._lay_out_decoder(adapter)
+        coded = code(rows, self._wide_weights(adapter, rows), self.config(adapter))
+        return coded.reconstruction.view(hidden.shape)
 
     def place(self, adapter: str) -> tuple[torch.device, torch.dtype]:
         """Device and dtype to compute in: that of the weights, or, until they are loaded, of the target."""
@@ -194,8 +191,8 @@ class ScarLayer(SteeringHook, nn.Module, BaseTunerLayer):
     def _dictionaries(self) -> tuple[nn.ParameterDict, ...]:
         return (self.scar_encoder, self.scar_decoder, self.scar_pre_bias, self.scar_latent_bias)
 
-    def _fold(self, adapter: str) -> ConceptRows:
-        return ConceptRows(*fold_concepts(self.weights(adapter), len(self.configs[adapter].concepts)))
+    def _fold(self, adapter: str) -> FoldedConcepts:
+        return fold_concepts(self.weights(adapter), len(self.configs[adapter].concepts))
 
     def _wide_weights(self, adapter: str, hidden: Tensor) -> CoderWeights:
         if self.config(adapter).compact:
@@ -203,26 +200,11 @@ class ScarLayer(SteeringHook, nn.Module, BaseTunerLayer):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         return CoderWeights(*(each.to(dtype) for each in self.weights(adapter)))
 
-    def _decoder_rows(self, adapter: str, weights: CoderWeights) -> Tensor:
-        """The decoder's columns as rows [n, d], each in one piece; weights loaded otherwise are laid out anew."""
-        if not weights.decoder.T.is_contiguous() and not weights.decoder.requires_grad:
-            parameter = self.scar_decoder[adapter]
-            parameter.data = parameter.T.contiguous().T
-            weights = self._wide_weights(adapter, weights.encoder)
-        return weights.decoder.T
-
-    def _encode(self, adapter: str, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        config, weights = self.config(adapter), self._wide_weights(adapter, rows)
-        return sae_encode_topk(
-            rows.to(weights.encoder.dtype),
-            weights.encoder,
-            weights.latent_bias,
-            weights.pre_bias,
-            config.kept,
-            always=config.always_kept,
-            eps=config.norm_eps,
-            normalize=config.normalize,
-        )
+    def _lay_out_decoder(self, adapter: str) -> None:
+        """Put each of the decoder's columns in one piece; weights loaded otherwise are laid out anew, once."""
+        decoder = self.scar_decoder[adapter]
+        if not decoder.T.is_contiguous() and not decoder.requires_grad:
+            decoder.data = decoder.T.contiguous().T
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         # Packed integer weights of a quantized base say nothing about the dtype of activations.
@@ -238,8 +220,6 @@ COMPACT_ERROR = (
     'mode="reconstruct" and gate="topk" need all latents, and a compact adapter holds its concepts only. '
     'Load the full adapter, or steer with mode="residual".'
 )
-
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ class RowsRefused(Exception):  # noqa: N818 (nobody sees it: the layer is run on
         self.error = error
 
 
-class _AttentionKnown(Exception):  # noqa: N818 (no error: it ends a layer early)
-    pass
+class _AttentionKnown(Exception):  # noqa: N818 (no error)
+    """Ends a layer early, once its attention is known."""
 
 
 class _FinalAttention(Intervention):

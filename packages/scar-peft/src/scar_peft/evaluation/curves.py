@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..contexts import evaluation_mode, input_device
 from ..layer import scar_layers
 from ..remote.steering_scar import steering
 from .language_modeling import token_losses
-from .subject import Subject, base_model, input_device
+from .subject import Subject, base_model
 
 Measure = Callable[[list[str]], Sequence[float]]
 
@@ -127,7 +128,7 @@ def steering_curve(
             with base_model(model):
                 rows = _generate(subject, ids, batch_size, settings, bar)
         else:
-            with _evaluation_mode(model), steering(model, {**neutral, concept: strength}, rule=rule, mode=mode):
+            with evaluation_mode(model), steering(model, {**neutral, concept: strength}, rule=rule, mode=mode):
                 rows = _generate(subject, ids, batch_size, settings, bar)
         texts = subject.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return _Written(rows, texts, _perplexity(subject, ids, rows, batch_size))
@@ -146,17 +147,6 @@ def steering_curve(
         points=[_point(a, each, plain, measure) for a, each in zip(strengths, written, strict=True)],
         continuations={a: each.texts for a, each in zip(strengths, written, strict=True)},
     )
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

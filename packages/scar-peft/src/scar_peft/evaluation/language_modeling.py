@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .subject import Subject, base_model, input_device, right_padded
+from ..contexts import input_device
+from .subject import Subject, base_model, right_padded
 
 Change = Callable[[Tensor], Tensor]
 

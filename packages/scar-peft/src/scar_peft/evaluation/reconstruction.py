@@ -1,51 +1,17 @@
 """How well a whole coder reconstructs activations, and how its latents hold the concepts; in one pass over the rows."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ..coder import CoderWeights, activate
+from ..coder import CoderWeights
+from ..coding import Coded, code
 from ..config import ScarConfig
 from ..losses import reconstruction_loss
 from ..monosemanticity import Monosemanticity, fms
-from ..remote.kernels_coder_scar import sae_encode_topk, topk_sparse_decode
 from ..training.activations import ActivationRows
 from .detection import is_for_fitting
 
 _CELLS_PER_CHUNK = 1 << 24  # dense latents of a chunk of rows stay below 64 MB
-
-
-class Coded(NamedTuple):
-    """Some rows, coded."""
-
-    values: Tensor
-    """Pre-activations that the coder keeps [N, K]; those of concepts that bypass the selection come first."""
-    indices: Tensor
-    """Their latents [N, K]."""
-    latents: Tensor
-    """[N, K]."""
-    reconstruction: Tensor
-    """[N, d]."""
-
-
-def code(x: Tensor, weights: CoderWeights, config: ScarConfig) -> Coded:
-    """Run rows [N, d] through a coder of at least float32, by the operators for large ones."""
-    values, indices, mean, std = sae_encode_topk(
-        x.to(weights.encoder.dtype),
-        weights.encoder,
-        weights.latent_bias,
-        weights.pre_bias,
-        config.kept,
-        always=config.always_kept,
-        eps=config.norm_eps,
-        normalize=config.normalize,
-    )
-    latents = activate(values, config.activation)
-    rows = topk_sparse_decode(
-        indices, latents, weights.decoder.T.contiguous(), scale=std, shift=mean, bias=weights.pre_bias
-    )
-    return Coded(values, indices, latents, rows)
 
 
 class CoderStatistics:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import ScarConfig
+from ..contexts import adapters_off, evaluation_mode
 from ..layer import ScarLayer, scar_layers
 from ..training.activations import ActivationRows, activation_windows
 from ..training.labels import LabelLevel, LabelReader, rows_of
@@ -115,23 +116,8 @@ class Subject:
 @contextmanager
 def base_model(model: nn.Module) -> Iterator[None]:
     """Inside, the model runs without its SCAR adapters, in evaluation mode and without gradients."""
-    training = [module for module in model.modules() if module.training]
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, ScarLayer)]
-    active = [layer for layer in layers if not layer.disable_adapters]
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.eval()
-    for layer in active:
-        layer.enable_adapters(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for layer in active:
-            layer.enable_adapters(True)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
+    with evaluation_mode(model), adapters_off(model), torch.no_grad():
+        yield
 
 
 def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
@@ -140,11 +126,6 @@ def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[st
     ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where the model takes its token ids."""
-    return next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
 
 
 def _active_adapter(model: nn.Module) -> str:

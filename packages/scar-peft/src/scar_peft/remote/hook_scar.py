@@ -13,26 +13,11 @@ from torch import Tensor, nn
 
 from .kernels_scar import scar_scores, scar_steer
 from .passes_scar import Pass
+from .rows_scar import FoldedConcepts
 from .settings_scar import ConceptSettings, Gate
 from .strengths_scar import NOTHING, Group, Plan, Wishes, make_plan, overwrite, parts_of
 
 Plans: TypeAlias = dict[str, Plan]
-
-
-class ConceptRows(NamedTuple):
-    """The weights of a few concepts, arranged so that a pre-activation is one product with the row as it is.
-
-    pre = (encoder . x - mean(x) * encoder_sum) / (std(x) + eps) + bias, in float32 or wider.
-    """
-
-    encoder: Tensor
-    """[C, d]."""
-    encoder_sum: Tensor
-    """[C]."""
-    bias: Tensor
-    """[C], latent bias minus the encoder's product with the pre-bias."""
-    decoder: Tensor
-    """[C, d]: the decoder's columns as rows."""
 
 
 class Recorder(Protocol):
@@ -71,7 +56,7 @@ class SteeringHook:
     layer_index: int
     """Index of the block among the model's blocks."""
 
-    def concept_rows(self, adapter: str) -> ConceptRows:
+    def concept_rows(self, adapter: str) -> FoldedConcepts:
         """The folded weights of all concepts of an adapter."""
         raise NotImplementedError
 
@@ -243,7 +228,7 @@ class SteeringHook:
         is_open = self.kept(adapter, hidden) if settings.gate == "topk" else None
         if len(group.concepts) != rows.encoder.shape[0]:
             chosen = list(group.concepts)
-            rows = ConceptRows(*(each[chosen] for each in rows))
+            rows = FoldedConcepts(*(each[chosen] for each in rows))
             is_open = None if is_open is None else is_open[..., chosen]
         steered, _ = scar_steer(
             hidden,

@@ -17,8 +17,9 @@ from transformers import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .generation_scar import steered_forward, steered_generate
-from .hook_scar import ConceptRows, SteeringHook
+from .hook_scar import SteeringHook
 from .recording_scar import Kind, Recorder, record_scores
+from .rows_scar import FoldedConcepts
 from .section_scar import ScarSection
 from .settings_scar import ConceptSettings
 from .sites_scar import hidden_size, owner_of, target_names
@@ -39,14 +40,14 @@ class ConceptLayer(SteeringHook, nn.Module):
         self.layer_index = layer_index
         self._settings = settings
         C = len(settings.concepts)
-        for name, shape in zip(ConceptRows._fields, ((C, width), (C,), (C,), (C, width)), strict=True):
+        for name, shape in zip(FoldedConcepts._fields, ((C, width), (C,), (C,), (C, width)), strict=True):
             rows = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
             self.register_parameter(name, rows)
 
-    def concept_rows(self, adapter: str) -> ConceptRows:
+    def concept_rows(self, adapter: str) -> FoldedConcepts:
         """The rows; in float32 even if the whole model was cast to less."""
         dtype = self.place(adapter)[1]
-        return ConceptRows(*(self.get_parameter(name).to(dtype) for name in ConceptRows._fields))
+        return FoldedConcepts(*(self.get_parameter(name).to(dtype) for name in FoldedConcepts._fields))
 
     def concept_settings(self, adapter: str) -> ConceptSettings:
         """How concepts are read and steered here."""

@@ -11,6 +11,7 @@ from torch.nn.functional import pad as _pad
 
 from .hook_scar import RECORDERS, SteeringHook
 from .passes_scar import Pass
+from .pooling_scar import POOLINGS, pool
 from .steering_scar import steering_layers
 
 Kind = Literal["latent", "pre"]
@@ -57,9 +58,9 @@ class ConceptScores(Mapping[str, Tensor]):
                     f"got {tuple(attention_mask.shape)}."
                 )
             counts = counts & attention_mask.to(counts.device).bool()
-        if how not in _POOLINGS:
-            raise ValueError(f"how must be one of {', '.join(_POOLINGS)}, got {how!r}.")
-        return {name: _POOLINGS[how](scores, counts) for name, scores in self.scores.items()}
+        if how not in POOLINGS:
+            raise ValueError(f"how must be one of {', '.join(POOLINGS)}, got {how!r}.")
+        return {name: pool(scores, counts, how) for name, scores in self.scores.items()}
 
 
 class _Part(NamedTuple):
@@ -204,21 +205,3 @@ def _joined(parts: list[_Part]) -> tuple[Tensor, Tensor]:
         scores = torch.cat([_pad(scores, (0, 0, *unread))[:, : part.start], part.scores], dim=1)
         is_real = torch.cat([_pad(is_real, unread)[:, : part.start], part.is_real], dim=1)
     return scores, is_real
-
-
-def _mean(scores: Tensor, counts: Tensor) -> Tensor:
-    return (scores * counts).sum(-1) / counts.sum(-1).clamp(min=1)
-
-
-def _max(scores: Tensor, counts: Tensor) -> Tensor:
-    largest = scores.masked_fill(~counts, -torch.inf).amax(-1)
-    return torch.where(counts.any(-1), largest, 0.0)
-
-
-def _last(scores: Tensor, counts: Tensor) -> Tensor:
-    columns = torch.arange(scores.shape[-1], device=scores.device)
-    last = torch.where(counts, columns, -1).amax(-1)
-    return torch.where(last >= 0, scores.gather(-1, last.clamp(min=0)[:, None])[:, 0], 0.0)
-
-
-_POOLINGS = {"mean": _mean, "max": _max, "last": _last}

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..contexts import adapters_off, evaluation_mode, input_device
 from .labels import LabelReader, TokenizedText, rows_of
 
 _WINDOW_BATCHES = 8
@@ -106,7 +106,7 @@ def _captured(
     # In front of all hooks, because a SCAR adapter's own would replace the output.
     handles = [module.register_forward_hook(keep(layer), prepend=True) for layer, module in targets.items()]
     try:
-        with torch.inference_mode(), _evaluating(model), _adapters_off(model):
+        with torch.inference_mode(), evaluation_mode(model), adapters_off(model):
             model(**inputs, **options)
     except _AllCaptured:
         pass
@@ -185,7 +185,7 @@ def _rows_of_batch(
         kept[row, :size] = ~torch.tensor(text.is_special, dtype=torch.bool) if drop_sink_tokens else True
     if drop_sink_tokens:
         kept[:, 0] = False
-    device = _input_device(model)
+    device = input_device(model)
     captured = capture_activations(model, targets, {"input_ids": ids.to(device), "attention_mask": mask.to(device)})
     acts = {layer: values[kept.to(values.device)].cpu() for layer, values in captured.items()}  # [N, d]
     labels = torch.cat([text.labels for _, text in texts])[kept[mask.bool()]]
@@ -194,43 +194,7 @@ def _rows_of_batch(
     return ActivationRows(acts, labels if soft else labels.to(torch.int8), seq_id.int(), pos.int())
 
 
-def _input_device(model: nn.Module) -> torch.device:
-    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
-    embeddings = get_embeddings() if get_embeddings else model
-    tensor = next(embeddings.parameters(), None)
-    return tensor.device if tensor is not None else torch.device("cpu")
-
-
 def _without_cache(model: nn.Module) -> dict[str, bool]:
     get_base_model: Any = getattr(model, "get_base_model", None)
     inner = get_base_model() if get_base_model else model
     return {"use_cache": False} if "use_cache" in inspect.signature(inner.forward).parameters else {}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
-    """A steered earlier layer would change what later layers see."""
-    from ..layer import ScarLayer
-
-    active = [layer for layer in model.modules() if isinstance(layer, ScarLayer) and not layer.disable_adapters]
-    flags = {name: p.requires_grad for name, p in model.named_parameters()} if active else {}
-    for layer in active:
-        layer.enable_adapters(False)  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        for layer in active:
-            layer.enable_adapters(True)  # type: ignore[operator]
-        for name, parameter in model.named_parameters() if flags else ():
-            parameter.requires_grad_(flags[name])
