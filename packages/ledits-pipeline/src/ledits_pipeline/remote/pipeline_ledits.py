@@ -15,12 +15,17 @@ import tempfile
 import torch
 import torch.nn.functional as F
 import warnings
+from abc import (
+    ABC,
+    abstractmethod,
+)
 from collections.abc import (
     Callable,
     Iterator,
     Sequence,
 )
 from contextlib import (
+    AbstractContextManager,
     contextmanager,
     nullcontext,
 )
@@ -627,7 +632,7 @@ class CallContext:
         return (self.attention_kwargs or {}).get("scale")
 
 
-class FamilyAdapter:
+class FamilyAdapter(ABC):
     """One model family behind the loops. Latents are `[rows, C, h, w]` everywhere outside `denoise`.
 
     The pipeline's components are read at every call, never kept: offloading and `.to()` may replace them.
@@ -656,9 +661,9 @@ class FamilyAdapter:
         self.pipe = pipe
 
     @classmethod
+    @abstractmethod
     def matches(cls, pipe: Any) -> bool:
         """Whether the components of `pipe` are of this family."""
-        raise NotImplementedError
 
     @property
     def denoiser(self) -> Any:
@@ -675,21 +680,21 @@ class FamilyAdapter:
         """States, guidance, masks and residuals: float32 or wider."""
         return torch.promote_types(self.denoiser.dtype, torch.float32)
 
+    @abstractmethod
     def editing_scheduler(self, height: int, width: int) -> Any:
         """A private copy of the scheduler, for latents of this size."""
-        raise NotImplementedError
 
+    @abstractmethod
     def schedule(self, scheduler: Any, steps: int, skip: float, *, solver: SolverName | None, eta: float) -> Schedule:
         """The kept steps; `scheduler` is what `editing_scheduler` returned."""
-        raise NotImplementedError
 
     def scheduler_stepper(self, scheduler: Any, schedule: Schedule) -> SchedulerStepper | AffineStepper:
         """The steps of `"diffusers"` mode."""
         return SchedulerStepper(scheduler, schedule)
 
+    @abstractmethod
     def encode_prompts(self, request: PromptRequest) -> PromptRows:
         """Rows for the requested prompts; equal texts give equal bits, however many rows there are."""
-        raise NotImplementedError
 
     def with_context(self, prompts: PromptRows, context: CallContext) -> PromptRows:
         """Add what depends on the picture rather than the prompt (sizes, ids, `row_extras`) to the rows."""
@@ -710,18 +715,19 @@ class FamilyAdapter:
             raise ValueError(f"{given[0]} is not supported for the family {self.name!r}.")
         return {}
 
+    @abstractmethod
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Pixels `[B, 3, H, W]` in [-1, 1] to scaled latents `[B, C, h, w]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents to pixels in [-1, 1]."""
-        raise NotImplementedError
 
     def check_safety(self, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
         """Pixels with what the family's safety checker objects to blacked out, and to which it objects."""
         return pixels, None
 
+    @abstractmethod
     def denoise(self, latents: Tensor, timesteps: Tensor, prompts: PromptRows, context: CallContext) -> Tensor:
         """One call of the denoiser: rows in, raw outputs out, both `[rows, C, h, w]`.
 
@@ -731,17 +737,14 @@ class FamilyAdapter:
             prompts: one row per latent.
             context: the rest.
         """
-        raise NotImplementedError
 
     def mask_grid(self, latent_size: tuple[int, int]) -> tuple[int, int]:
         """Side lengths of the attention maps for M1."""
         return latent_size[0] // 4, latent_size[1] // 4
 
-    @contextmanager
-    def recording(self, latent_size: tuple[int, int]) -> Iterator[MassRecorder]:
+    @abstractmethod
+    def recording(self, latent_size: tuple[int, int]) -> AbstractContextManager[MassRecorder]:
         """For the time of the block, let the recorder that is given out see the attention of the mask layers."""
-        raise NotImplementedError
-        yield
 
     def attention_maps(self, recorder: MassRecorder, latent_size: tuple[int, int]) -> Tensor:
         """What the last call recorded, `[rows, gh, gw]` on `mask_grid`."""
